@@ -1,0 +1,70 @@
+# Brainloom: each target is a thin call of `python -m prep …` or `python -m train …`.
+# `make` alone prints them. The first use of any creates .venv from constraints.txt.
+
+PYTHON ?= python3
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+BIN := .venv/bin
+PY := $(BIN)/python
+STORE ?= store
+OUT ?=
+RUN ?= train/configs/debug.yaml
+HOSTFILE ?= hostfiles/cluster
+ARGS ?=
+
+.DEFAULT_GOAL := help
+.PHONY: help install demo test test-all check lint prep inspect verify hostfile train eval export push
+
+help:  ## print this list
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
+
+install: .venv/installed  ## create .venv from constraints.txt (every other target does it when needed)
+
+.venv/installed: setup.py constraints.txt
+	@echo "Setting up .venv (once; a few minutes) …"
+	@$(PYTHON) -c 'import sys; sys.exit("Brainloom needs Python 3.11 or newer; this is %s. Set PYTHON=…" % sys.version.split()[0] if sys.version_info < (3, 11) else 0)'
+	@test -x $(PY) || $(PYTHON) -m venv .venv
+	@$(PY) -m pip install --quiet --disable-pip-version-check --constraint constraints.txt setuptools wheel torch
+	@DS_BUILD_OPS=0 $(PY) -m pip install --quiet --disable-pip-version-check --no-build-isolation --constraint constraints.txt --editable '.[dev]'
+	@touch $@
+
+demo: .venv/installed  ## fresh clone -> the whole road on a laptop; ends in runs/demo/summary.json
+	$(PY) -m train demo --out $(or $(OUT),runs/demo) $(ARGS)
+
+test: .venv/installed  ## fresh clone -> the test suite (without the slow tests)
+	$(PY) -m pytest -m 'not slow' $(ARGS)
+
+test-all: .venv/installed  ## every test, the slow ones too
+	$(PY) -m pytest $(ARGS)
+
+lint: .venv/installed  ## ruff and mypy
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+check: lint test  ## lint, types, architecture, tests; warnings are errors
+
+prep: .venv/installed  ## SRC="dir|file …" OUT=store [RECIPE=…] [DATASET=…] [SCHEDULER=tcp://…]: NWB recordings -> token store
+	@test -n "$(SRC)" || { echo 'make prep needs SRC="dir|file …" (NWB recordings), for instance: make prep SRC=recordings OUT=store'; exit 2; }
+	$(PY) -m prep ingest $(SRC) --out $(or $(OUT),$(STORE)) $(if $(RECIPE),--recipe $(RECIPE)) $(if $(DATASET),--dataset $(DATASET)) $(if $(SCHEDULER),--scheduler $(SCHEDULER)) $(ARGS)
+
+inspect: .venv/installed  ## FILE=x.nwb: what is in a file, and what would become of each object
+	$(PY) -m prep inspect $(FILE) $(ARGS)
+
+verify: .venv/installed  ## STORE=store: every byte against its digest
+	$(PY) -m prep verify $(STORE) $(ARGS)
+
+hostfile: .venv/installed  ## [NODES="a b"] [SLOTS=8]: from SLURM, a list or this machine -> hostfiles/cluster
+	$(PY) -m train hostfile $(if $(NODES),--nodes "$(NODES)") $(if $(SLOTS),--slots $(SLOTS)) --out $(HOSTFILE) $(ARGS)
+
+train: .venv/installed  ## RUN=train/configs/x.yaml STORE=store OUT=runs/x [HOSTFILE=hostfiles/cluster]: train, or resume
+	$(PY) -m train train --config $(RUN) --store $(STORE) --out $(or $(OUT),runs/$(basename $(notdir $(RUN)))) --hostfile $(HOSTFILE) $(ARGS)
+
+eval: .venv/installed  ## RUN_DIR=runs/x: held-out deviance explained per modality and task
+	$(PY) -m train eval $(RUN_DIR) $(ARGS)
+
+export: .venv/installed  ## RUN_DIR=runs/x HUB=dir: checkpoint -> hub folder
+	$(PY) -m train export $(RUN_DIR) --hub $(HUB) $(ARGS)
+
+push: .venv/installed  ## HUB=dir REPO=org/name: hub folder -> model hub
+	$(PY) -m train push --hub $(HUB) --repo $(REPO) $(ARGS)

@@ -1,0 +1,1 @@
+"""prep: NWB recordings in, a Zarr token store out."""

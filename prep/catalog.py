@@ -1,0 +1,100 @@
+"""The catalog of a token store: what is sealed in it, and what an earlier run has done already.
+
+In: sealed manifests. Out: catalog.json, written under the store's lock, and an index of the sources that are in it.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from prep.settings import FEATURE_NAMES, FEATURES_VERSION, FORMAT_VERSION
+from prep.store import catalog_digest, locked, read_json, sanitise, sha256, write_json
+
+MANIFEST = ".manifest.json"
+STIMULI = "stimuli"
+RESERVED = {STIMULI, "catalog.json", "failed.jsonl"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Source:
+    """One input file, as the store remembers it: by name and content, never by place."""
+
+    file: str
+    bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sealed:
+    """One session that an earlier run has finished."""
+
+    folder: str  # relative to the store, e.g. d1/s1.zarr
+    dataset_id: str
+    sources: tuple[Source, ...]
+    recipe_digest: str
+    versions: tuple[int, int]  # format, features
+    entry: dict[str, Any]
+
+
+def dataset_folder(dataset_id: str) -> str:
+    """The folder of a dataset inside the store."""
+    name = sanitise(dataset_id)
+    return f"{name}_" if name in RESERVED else name
+
+
+def manifests(root: Path) -> Iterator[tuple[Path, dict[str, Any]]]:
+    """Every manifest of the store in order of path: of sessions and, under `stimuli/`, of stimuli."""
+    for path in sorted(root.glob(f"*/*{MANIFEST}")):
+        if not path.name.startswith("."):
+            yield path, read_json(path)
+
+
+def sealed_folder(manifest: Path) -> Path:
+    """The folder that a manifest seals."""
+    return manifest.with_name(manifest.name.removesuffix(MANIFEST) + ".zarr")
+
+
+def sealed_sessions(root: Path) -> list[Sealed]:
+    """What the store has already; a session whose folder is gone does not count."""
+    return [
+        Sealed(
+            folder=content["session"]["path"],
+            dataset_id=content["session"]["dataset_id"],
+            sources=tuple(Source(**source) for source in content["session"]["sources"]),
+            recipe_digest=content["session"]["recipe_digest"],
+            versions=(content["format"], content["session"]["features_version"]),
+            entry=content["session"],
+        )
+        for path, content in manifests(root)
+        if "session" in content and sealed_folder(path).is_dir()
+    ]
+
+
+def build(root: Path) -> dict[str, Any]:
+    """The catalog that the sealed manifests add up to."""
+    sessions: list[dict[str, Any]] = []
+    stimuli: dict[str, dict[str, Any]] = {}
+    for path, content in manifests(root):
+        if not sealed_folder(path).is_dir():
+            continue
+        seal = {"manifest_sha256": sha256(path), "num_bytes": sum(f["bytes"] for f in content["files"].values())}
+        if "session" in content:
+            sessions.append({**content["session"], **seal})
+        else:
+            stimuli[content["stimulus"]["digest"]] = {**content["stimulus"], **seal}
+    catalog = {
+        "format": FORMAT_VERSION,
+        "sessions": sorted(sessions, key=lambda entry: (entry["dataset_id"], entry["session_id"], entry["path"])),
+        "stimuli": stimuli,
+        "features": {"names": list(FEATURE_NAMES), "version": FEATURES_VERSION},
+    }
+    return {**catalog, "sha256": catalog_digest(catalog)}
+
+
+def write(root: Path) -> dict[str, Any]:
+    """Derive catalog.json from what is sealed now, atomically; two ingests may do so at once."""
+    with locked(root):
+        catalog = build(root)
+        write_json(root / "catalog.json", catalog)
+    return catalog

@@ -1,0 +1,113 @@
+"""What becomes of one NWB file: the plan that reading makes and that ingest carries out.
+
+In: nothing (types only). Out: SessionPlan, small and picklable: clocks and paths, never the recording's samples.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from prep.store import StreamSpec
+
+Array = npt.NDArray[Any]
+
+
+class PrepError(ValueError):
+    """A file cannot be used; the message is one line that a physiologist understands."""
+
+
+class TokenReader(Protocol):
+    """Reads tokens from the recording; picklable, holds a path and never an open file."""
+
+    def read(self, start: int, stop: int) -> Array:
+        """Values of tokens [start, stop) as (stop - start, S, P) in the stream's dtype, fill where missing."""
+        ...
+
+
+class FrameReader(Protocol):
+    """Reads stimulus pixels; picklable, holds a path and never an open file."""
+
+    def read(self, start: int, stop: int) -> npt.NDArray[np.uint8]:
+        """Frames [start, stop) as (stop - start, H, W[, C])."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class Found:
+    """One row of the coverage table: an object of the file, and what became of it."""
+
+    path: str
+    neurodata_type: str
+    used_as: str | None  # the stream or table that it became; None: skipped
+    reason: str = ""  # why it was skipped, or what was repaired
+
+
+@dataclass(frozen=True, kw_only=True)
+class Finding:
+    """One row of the clock audit."""
+
+    code: str  # e.g. wrong-axis, unsorted, gaps
+    path: str
+    action: str  # repaired | noted
+    message: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlannedStream:
+    """A stream to be written: its schema, clock and reader."""
+
+    spec: StreamSpec
+    start_ns: npt.NDArray[np.int64]  # (K,)
+    reader: TokenReader
+    offset_ns: npt.NDArray[np.int64] | None = None  # (S,)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlannedStimulus:
+    """Pixels to be written once per store; `digest` is of their content, and names them."""
+
+    digest: str
+    shape: tuple[int, ...]  # (F, H, W[, C])
+    reader: FrameReader
+
+
+@dataclass(frozen=True, kw_only=True)
+class Units:
+    """The units of a session, in the order of their streams: U rows."""
+
+    unit_key: Sequence[str]  # dataset/session/unit
+    kind: Sequence[str]  # unit | roi
+    region: Sequence[str]  # "" = unknown
+    quality: Sequence[str]
+    xyz_um: npt.NDArray[np.float32]  # (U, 3), NaN = unknown
+
+
+@dataclass(frozen=True, kw_only=True)
+class IntervalTable:
+    """Trials, epochs, presentations: N rows."""
+
+    start_ns: npt.NDArray[np.int64]  # (N,), NO_TIME = not given
+    stop_ns: npt.NDArray[np.int64]  # (N,)
+    columns: dict[str, Array | list[str]] = field(default_factory=dict)  # float64 (N,) or N strings
+
+
+@dataclass(frozen=True, kw_only=True)
+class SessionPlan:
+    """Everything about one session but its samples."""
+
+    dataset_id: str
+    session_id: str
+    subject_id: str
+    source: Path
+    licence: str
+    units: Units
+    streams: tuple[PlannedStream, ...]
+    stimuli: tuple[PlannedStimulus, ...]
+    intervals: dict[str, IntervalTable]
+    splits: tuple[tuple[int, int, str], ...]  # [start_ns, stop_ns), label; in order of time
+    coverage: tuple[Found, ...]
+    findings: tuple[Finding, ...]

@@ -1,0 +1,145 @@
+"""What prep and train share: the store's constants, the conversion of time, and strict YAML into dataclasses.
+
+In: YAML files. Out: constants (FORMAT.md), int64 nanoseconds, frozen dataclasses or an error that names the key.
+"""
+
+import difflib
+import re
+from dataclasses import MISSING, fields, is_dataclass
+from pathlib import Path
+from types import UnionType
+from typing import Any, ClassVar, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+
+import numpy as np
+import numpy.typing as npt
+import yaml
+
+T = TypeVar("T")
+
+FORMAT_VERSION = 1
+FEATURES_VERSION = 1
+
+Kind = Literal["counts", "trace", "frames", "event"]
+Modality = Literal["spikes", "traces", "behavior", "stimulus"]
+MODALITIES: tuple[Modality, ...] = ("spikes", "traces", "behavior", "stimulus")
+ACTIVITY: tuple[Modality, ...] = ("spikes", "traces")
+SPLITS = ("train", "valid", "test")
+
+BIN_NS = 20_000_000  # one sample of a `counts` stream
+TOKEN_NS = 100_000_000  # what a token lasts, about, on a regular clock
+COUNT_MISSING = 255
+COUNT_MAX = 254
+NO_TIME = np.iinfo(np.int64).min  # an interval's time that the file leaves out
+
+# Per-unit features (U, 8): the train split only; see FORMAT.md, "Features".
+FEATURE_NAMES = (
+    "log_rate",
+    "cv",
+    "fano_token",
+    "autocorr_sample",
+    "autocorr_token",
+    "skewness",
+    "population_coupling",
+    "is_imaging",
+)
+
+
+def to_ns(seconds: npt.ArrayLike) -> npt.NDArray[np.int64]:
+    """Seconds (float64, any shape, finite) to int64 nanoseconds.
+
+    The whole second is split off first: at 1.2e7 s the product t * 1e9 no longer fits float64's 53 bits.
+    """
+    time_s = np.asarray(seconds, dtype=np.float64)
+    whole = np.floor(time_s)
+    result: npt.NDArray[np.int64] = whole.astype(np.int64) * 1_000_000_000
+    result += np.rint((time_s - whole) * 1e9).astype(np.int64)
+    return result
+
+
+class ConfigError(ValueError):
+    """A YAML file or an override is wrong; the message names file, dotted key, value and remedy."""
+
+
+class _StrictLoader(yaml.SafeLoader):
+    """YAML 1.2's core scalars: 000140 and 20190801_1 are strings, 3e-4 is a number, NO and on are strings."""
+
+    yaml_implicit_resolvers: ClassVar[dict[str, Any]] = {}
+
+
+for _tag, _pattern, _first in (
+    ("tag:yaml.org,2002:null", r"^(?:null|~|)$", ["n", "~", ""]),
+    ("tag:yaml.org,2002:bool", r"^(?:true|false)$", list("tf")),
+    ("tag:yaml.org,2002:int", r"^-?(?:0|[1-9][0-9]*)$", list("-0123456789")),
+    ("tag:yaml.org,2002:float", r"^-?(?:0|[1-9][0-9]*)(?:\.[0-9]*)?(?:[eE][-+]?[0-9]+)?$", list("-0123456789")),
+):
+    _StrictLoader.add_implicit_resolver(_tag, re.compile(_pattern), _first)
+
+
+def _mapping(loader: yaml.SafeLoader, node: yaml.MappingNode) -> dict[str, Any]:
+    keys = [str(loader.construct_object(key)) for key, _ in node.value]  # type: ignore[no-untyped-call]
+    twice = {key for key in keys if keys.count(key) > 1}
+    if twice:
+        raise ConfigError(f"line {node.start_mark.line + 1}: {sorted(twice)} given twice. Keep one of them.")
+    values = [loader.construct_object(value, deep=True) for _, value in node.value]  # type: ignore[no-untyped-call]
+    return dict(zip(keys, values, strict=True))
+
+
+_StrictLoader.add_constructor("tag:yaml.org,2002:map", _mapping)
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """A YAML mapping; duplicate keys and anything but a mapping are errors."""
+    try:
+        content = yaml.load(path.read_text(encoding="utf-8"), _StrictLoader)
+    except FileNotFoundError as error:
+        raise ConfigError(f"{path} does not exist. Check the path.") from error
+    except (yaml.YAMLError, ConfigError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path} is not readable as YAML: {error}") from error
+    if not isinstance(content, dict | None):
+        raise ConfigError(f"{path} holds a {type(content).__name__}; expected `key: value` lines.")
+    return content or {}
+
+
+def parse_value(text: str) -> Any:
+    """The value of a `key=value` override, by the same rules as in a file."""
+    return yaml.load(text, _StrictLoader)
+
+
+def build(cls: type[T], content: dict[str, Any], where: str, prefix: str = "") -> T:
+    """A frozen dataclass from a mapping; `where` names the file in errors. Nested dataclasses, lists and dicts as annotated."""
+    hints = get_type_hints(cls)
+    for key in content:
+        if key not in hints:
+            near = difflib.get_close_matches(key, hints, n=1)
+            hint = f"Did you mean {prefix}{near[0]}?" if near else f"Valid here: {', '.join(sorted(hints))}."
+            raise ConfigError(f"{where}: {prefix}{key} = {content[key]!r} is not a known key. {hint}")
+    values = {key: _convert(hints[key], value, where, f"{prefix}{key}") for key, value in content.items()}
+    missing = [f.name for f in fields(cls) if f.default is MISSING and f.default_factory is MISSING and f.name not in values]  # type: ignore[arg-type]
+    if missing:
+        raise ConfigError(f"{where}: {prefix}{missing[0]} is missing. Add it.")
+    try:
+        return cls(**values)
+    except ConfigError as error:
+        raise ConfigError(f"{where}: {prefix}{error}") from error
+
+
+def _convert(hint: Any, value: Any, where: str, key: str) -> Any:
+    origin, arguments = get_origin(hint), get_args(hint)
+    if origin in (Union, UnionType):
+        if value is None and type(None) in arguments:
+            return None
+        return _convert(next(a for a in arguments if a is not type(None)), value, where, key)
+    if is_dataclass(hint) and isinstance(value, dict):
+        return build(hint, value, where, f"{key}.")  # type: ignore[type-var,arg-type,unused-ignore]
+    if origin is Literal and value in arguments:
+        return value
+    if origin is tuple and isinstance(value, list):
+        return tuple(_convert(arguments[0], item, where, f"{key}[{i}]") for i, item in enumerate(value))
+    if origin is dict and isinstance(value, dict):
+        return {str(k): _convert(arguments[1], item, where, f"{key}.{k}") for k, item in value.items()}
+    if hint is float and type(value) in (int, float):
+        return float(value)
+    if isinstance(hint, type) and type(value) is hint:
+        return value
+    expected = f"one of {list(arguments)}" if origin is Literal else getattr(hint, "__name__", str(hint))
+    raise ConfigError(f"{where}: {key} = {value!r} is a {type(value).__name__}; expected {expected}.")

@@ -1,0 +1,343 @@
+"""Carries out one SessionPlan: shards, clocks, statistics, units, intervals, splits, then the seal.
+
+In: a SessionPlan and the identity of its source. Out: `<dataset>/<session>.zarr`, written in a folder of its own, then
+renamed and sealed.
+"""
+
+import hashlib
+import importlib.metadata
+import math
+import os
+import re
+import shutil
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from prep.catalog import STIMULI, Sealed, Source, dataset_folder
+from prep.plan import IntervalTable, PlannedStimulus, PlannedStream, PrepError, SessionPlan
+from prep.settings import FEATURE_NAMES, FEATURES_VERSION, FORMAT_VERSION, SPLITS
+from prep.statistics_pass import Statistics, stream_statistics
+from prep.store import (
+    SHARD_BYTES,
+    Array,
+    Rows,
+    RowsSpec,
+    StoreError,
+    create_rows,
+    create_stream,
+    locked,
+    manifest_files,
+    manifest_path,
+    sanitise,
+    seal,
+    sha256,
+    write_array,
+    write_group,
+    write_shard,
+    write_text,
+)
+
+FRAME_CHUNK_BYTES = 2**20
+PARTIAL = ".partial.zarr"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Target:
+    """Where one session goes, and what its seal says of where it came from."""
+
+    root: Path
+    folder: str  # relative to root, e.g. d1/s1.zarr
+    run: str  # the run that writes: part of the partial folder's name
+    sources: tuple[Source, ...]
+    recipe_digest: str
+
+    @property
+    def partial(self) -> Path:
+        """What is written before it is renamed: no other run writes there."""
+        return partial_folder(self.root / self.folder, self.run)
+
+
+def partial_folder(folder: Path, run: str) -> Path:
+    """The folder in which `run` writes what becomes `folder`."""
+    return folder.with_name(f".{folder.name.removesuffix('.zarr')}.{run}{PARTIAL}")
+
+
+def software_version() -> str:
+    """Brainloom's version, as the root attributes record it."""
+    try:
+        return importlib.metadata.version("brainloom")
+    except importlib.metadata.PackageNotFoundError:
+        return "unknown"
+
+
+def source_of(path: Path) -> Source:
+    """Size and digest of an input file, or of an NWB-Zarr folder."""
+    if path.is_file():
+        return Source(file=path.name, bytes=path.stat().st_size, sha256=sha256(path))
+    files = manifest_files(path)
+    digest = hashlib.sha256("".join(f"{name} {file['sha256']}\n" for name, file in files.items()).encode())
+    return Source(file=path.name, bytes=sum(file["bytes"] for file in files.values()), sha256=digest.hexdigest())
+
+
+def session_folder(dataset_id: str, session_id: str) -> str:
+    """Where a session lies, relative to the store."""
+    return f"{dataset_folder(dataset_id)}/{sanitise(session_id)}.zarr"
+
+
+def renamed(plan: SessionPlan, source: Source) -> SessionPlan:
+    """The plan under a session_id of its own: a second file of the same id gets a short digest."""
+    suffix = hashlib.sha256(f"{source.file} {source.sha256}".encode()).hexdigest()[:8]
+    session_id = f"{plan.session_id}-{suffix}"
+    old, new = f"{plan.dataset_id}/{plan.session_id}/", f"{plan.dataset_id}/{session_id}/"
+    keys = [new + key.removeprefix(old) if key.startswith(old) else key for key in plan.units.unit_key]
+    return replace(plan, session_id=session_id, units=replace(plan.units, unit_key=keys))
+
+
+def check(plan: SessionPlan) -> None:
+    """Refuse a plan whose names are no folder names, or whose parts do not fit together."""
+    names = [stream.spec.name for stream in plan.streams]
+    for name in [*names, *plan.intervals, *(column for table in plan.intervals.values() for column in table.columns)]:
+        if name != sanitise(name):
+            raise PrepError(f"{name!r} is no safe name for a stream, a table or a column; expected {sanitise(name)!r}.")
+    if len(set(names)) < len(names):
+        raise PrepError(f"two streams have the same name: {sorted(names)}. Name them apart in the recipe.")
+    for stimulus in plan.stimuli:
+        if not re.fullmatch(r"[0-9a-f]{8,64}", stimulus.digest):
+            raise PrepError(f"stimulus digest {stimulus.digest!r} is not 8 to 64 hexadecimal digits.")
+        if 0 in stimulus.shape:
+            raise PrepError(f"stimulus {stimulus.digest} has no pixels: its shape is {stimulus.shape}.")
+    for stream in plan.streams:
+        spec = stream.spec
+        if len(stream.start_ns) != spec.num_tokens or (np.diff(stream.start_ns) < 0).any():
+            raise PrepError(
+                f"streams/{spec.name}: {len(stream.start_ns)} start times for {spec.num_tokens} tokens; "
+                "expected one each, in order of time."
+            )
+
+
+# ---------------------------------------------------------------- shards
+
+
+def write_stream_shard(target: Target, stream: PlannedStream, shard: int) -> None:
+    """One task: read and write one whole shard of a stream."""
+    rows = stream.spec.rows()
+    start = shard * rows.shard_rows
+    values = stream.reader.read(start, min(start + rows.shard_rows, rows.shape[0]))
+    write_shard(target.partial / "streams" / stream.spec.name / "values", rows, shard, values)
+
+
+def stimulus_rows(stimulus: PlannedStimulus) -> RowsSpec:
+    """The layout of a stimulus' frames: chunks of about 1 MiB, shards of about 32."""
+    frames, *size = stimulus.shape
+    chunk = max(1, min(frames, FRAME_CHUNK_BYTES // max(1, math.prod(size))))
+    chunks = max(1, min(SHARD_BYTES // max(1, chunk * math.prod(size)), math.ceil(frames / chunk)))
+    return RowsSpec(
+        shape=stimulus.shape, dtype="uint8", fill=0, chunk_rows=chunk, shard_rows=chunk * chunks, codec="raw"
+    )
+
+
+def num_stimulus_shards(stimulus: PlannedStimulus) -> int:
+    """Shards along the frame axis."""
+    return math.ceil(stimulus.shape[0] / stimulus_rows(stimulus).shard_rows)
+
+
+def stimulus_folder(root: Path, digest: str) -> Path:
+    """Where a stimulus' pixels lie."""
+    return root / STIMULI / f"{digest}.zarr"
+
+
+def write_stimulus_shard(root: Path, run: str, stimulus: PlannedStimulus, shard: int) -> None:
+    """One task: read and write one whole shard of frames."""
+    rows = stimulus_rows(stimulus)
+    start = shard * rows.shard_rows
+    frames = stimulus.reader.read(start, min(start + rows.shard_rows, rows.shape[0]))
+    write_shard(partial_folder(stimulus_folder(root, stimulus.digest), run) / "frames", rows, shard, frames)
+
+
+def finish_stimulus(root: Path, run: str, stimulus: PlannedStimulus) -> None:
+    """Seal a stimulus whose shards are written; another run may have sealed the same one: then it stays."""
+    folder = stimulus_folder(root, stimulus.digest)
+    partial = partial_folder(folder, run)
+    write_group(partial, {"brainloom": {"format": FORMAT_VERSION, "digest": stimulus.digest}})
+    create_rows(partial / "frames", stimulus_rows(stimulus))
+    entry = {
+        "digest": stimulus.digest,
+        "path": folder.relative_to(root).as_posix(),
+        "shape": list(stimulus.shape),
+        "dtype": "uint8",
+    }
+    publish(root, partial, folder, entry, "stimulus")
+
+
+# ---------------------------------------------------------------- the rest of a session
+
+
+def finish_session(plan: SessionPlan, target: Target) -> dict[str, Any]:
+    """All but the shards, then the seal. Returns the manifest's entry."""
+    partial = target.partial
+    write_group(partial, {"brainloom": root_attributes(plan, target)})
+    write_group(partial / "streams")
+    statistics = {
+        planned.spec.name: _finish_stream(plan, planned, partial)
+        for planned in sorted(plan.streams, key=lambda stream: stream.spec.name)
+    }
+    _write_units(plan, statistics, partial / "units")
+    write_group(partial / "intervals")
+    for name, table in plan.intervals.items():
+        _write_intervals(table, partial / "intervals" / name)
+    _write_splits(plan, partial / "splits")
+    missing = [s.digest for s in plan.stimuli if not manifest_path(stimulus_folder(target.root, s.digest)).exists()]
+    if missing:
+        raise StoreError(f"stimuli {missing} are not sealed. Run the same `make prep` again.")
+    entry = session_entry(plan, target)
+    publish(target.root, partial, target.root / target.folder, entry, "session")
+    return entry
+
+
+def publish(
+    root: Path, partial: Path, folder: Path, entry: Mapping[str, Any], kind: Literal["session", "stimulus"]
+) -> None:
+    """Rename a finished folder into place and seal it: a kill at any point leaves it unsealed or sealed, never half."""
+    for leftover in partial.rglob(".*"):  # of a task that was killed while it wrote
+        leftover.unlink()
+    files = manifest_files(partial)
+    with locked(root):
+        manifest = manifest_path(folder)
+        if kind == "stimulus" and manifest.exists() and folder.is_dir():
+            shutil.rmtree(partial)
+            return
+        manifest.unlink(missing_ok=True)
+        remove_folder(folder)
+        partial.rename(folder)
+        seal(folder, entry, files, kind)
+
+
+def remove_folder(folder: Path) -> None:
+    """Remove a folder that nobody should take for data; its first rename makes sure that nobody does half-way."""
+    if folder.exists():
+        trash = folder.with_name(f".{folder.name}.{os.getpid()}.trash{PARTIAL}")
+        shutil.rmtree(trash, ignore_errors=True)
+        folder.rename(trash)
+        shutil.rmtree(trash, ignore_errors=True)
+
+
+def root_attributes(plan: SessionPlan, target: Target) -> dict[str, Any]:
+    """What a session says of itself."""
+    return {
+        "format": FORMAT_VERSION,
+        "dataset_id": plan.dataset_id,
+        "session_id": plan.session_id,
+        "subject_id": plan.subject_id,
+        "sources": [asdict(source) for source in target.sources],
+        "licence": plan.licence,
+        "recipe_digest": target.recipe_digest,
+        "versions": {"brainloom": software_version(), "format": FORMAT_VERSION, "features": FEATURES_VERSION},
+        "coverage": [asdict(found) for found in plan.coverage],
+        "findings": [asdict(finding) for finding in plan.findings],
+    }
+
+
+def session_entry(plan: SessionPlan, target: Target) -> dict[str, Any]:
+    """The manifest's entry, which is the catalog's but for the digest of the manifest itself."""
+    return {
+        "dataset_id": plan.dataset_id,
+        "session_id": plan.session_id,
+        "subject_id": plan.subject_id,
+        "path": target.folder,
+        "licence": plan.licence,
+        "num_units": len(plan.units.unit_key),
+        "split_labels": list(SPLITS),
+        "splits": [list(block) for block in plan.splits],
+        "streams": sorted((stream_entry(stream) for stream in plan.streams), key=lambda entry: str(entry["name"])),
+        "intervals": sorted(plan.intervals),
+        "recipe_digest": target.recipe_digest,
+        "features_version": FEATURES_VERSION,
+        "sources": [asdict(source) for source in target.sources],
+    }
+
+
+def stream_entry(stream: PlannedStream) -> dict[str, Any]:
+    """What the catalog says of a stream; [start_ns, stop_ns) holds all its tokens, offsets included."""
+    spec, offsets = stream.spec, stream.offset_ns
+    early, late = (0, 0) if offsets is None or not len(offsets) else (int(offsets.min()), int(offsets.max()))
+    has_tokens = spec.num_tokens > 0
+    return {
+        "name": spec.name,
+        "kind": spec.kind,
+        "modality": spec.modality,
+        "num_tokens": spec.num_tokens,
+        "num_sources": spec.num_sources,
+        "samples_per_token": spec.samples_per_token,
+        "duration_ns": spec.duration_ns,
+        "sample_ns": spec.sample_ns,
+        "start_ns": int(stream.start_ns[0]) + early if has_tokens else 0,
+        "stop_ns": int(stream.start_ns[-1]) + late + spec.duration_ns if has_tokens else 0,
+        "channels": list(spec.channels),
+        "first_unit": spec.first_unit,
+        "stimulus": spec.stimulus,
+        "unit": spec.unit,
+    }
+
+
+def _finish_stream(plan: SessionPlan, planned: PlannedStream, partial: Path) -> tuple[int | None, Statistics]:
+    create_stream(partial, planned.spec, planned.start_ns, planned.offset_ns)
+    folder = partial / "streams" / planned.spec.name
+    train = [(start, stop) for start, stop, label in plan.splits if label == "train"]
+    rows = Rows(folder / "values", planned.spec.rows())
+    statistics = stream_statistics(planned.spec, planned.start_ns, planned.offset_ns, train, rows.read)
+    write_array(folder / "mean", statistics.mean)
+    write_array(folder / "scale", statistics.scale)
+    return planned.spec.first_unit, statistics
+
+
+def _write_units(plan: SessionPlan, statistics: Mapping[str, tuple[int | None, Statistics]], folder: Path) -> None:
+    units, num_units = plan.units, len(plan.units.unit_key)
+    features = np.zeros((num_units, len(FEATURE_NAMES)), np.float32)
+    for first_unit, result in reversed(list(statistics.values())):  # a unit of two streams: the first by name counts
+        if first_unit is not None:
+            features[first_unit : first_unit + len(result.features)] = result.features
+    write_group(folder)
+    for name in ("unit_key", "kind", "region", "quality"):
+        write_text(folder / name, getattr(units, name))
+    write_array(folder / "xyz_um", np.asarray(units.xyz_um, np.float32).reshape(num_units, 3))
+    write_array(folder / "features", features, {"names": list(FEATURE_NAMES), "version": FEATURES_VERSION})
+
+
+def _write_intervals(table: IntervalTable, folder: Path) -> None:
+    write_group(folder)
+    times: dict[str, Array] = {"start_ns": table.start_ns.astype(np.int64), "stop_ns": table.stop_ns.astype(np.int64)}
+    for name, column in {**table.columns, **times}.items():
+        if isinstance(column, list):
+            write_text(folder / name, column)
+        else:
+            write_array(folder / name, column if name in times else np.asarray(column, np.float64))
+
+
+def _write_splits(plan: SessionPlan, folder: Path) -> None:
+    write_group(folder)
+    write_array(folder / "start_ns", np.array([start for start, _, _ in plan.splits], np.int64))
+    write_array(folder / "stop_ns", np.array([stop for _, stop, _ in plan.splits], np.int64))
+    write_array(folder / "label", np.array([SPLITS.index(label) for _, _, label in plan.splits], np.int8))
+
+
+def write_plan(plan: SessionPlan, target: Target) -> dict[str, Any]:
+    """One session from plan to seal in this process: what ingest spreads over workers, byte for byte."""
+    check(plan)
+    for stimulus in plan.stimuli:
+        for shard in range(num_stimulus_shards(stimulus)):
+            write_stimulus_shard(target.root, target.run, stimulus, shard)
+        finish_stimulus(target.root, target.run, stimulus)
+    for stream in plan.streams:
+        for shard in range(stream.spec.num_shards):
+            write_stream_shard(target, stream, shard)
+    return finish_session(plan, target)
+
+
+def is_current(sealed: Sealed, source: Source, dataset_id: str, recipe_digest: str) -> bool:
+    """Whether an earlier run has done this file with this recipe."""
+    wanted = (dataset_id, (source,), recipe_digest, (FORMAT_VERSION, FEATURES_VERSION))
+    return (sealed.dataset_id, sealed.sources, sealed.recipe_digest, sealed.versions) == wanted

@@ -1,0 +1,34 @@
+"""Install Brainloom: `pip install -e .[dev] -c constraints.txt` (the Makefile does it)."""
+
+from setuptools import setup
+
+PREP = ["numpy", "h5py", "pynwb", "zarr>=3", "numcodecs", "google-crc32c", "dask[distributed]", "pyyaml", "rich", "scipy"]
+TRAIN = [
+    "numpy",
+    "torch",
+    "deepspeed",
+    "transformers",
+    "accelerate",
+    "safetensors",
+    "huggingface_hub",
+    "pyyaml",
+    "rich",
+    "tensorboard",
+    "matplotlib",
+    "google-crc32c",
+    "numcodecs",
+]
+DEV = ["pytest", "pytest-timeout", "ruff", "mypy", "types-PyYAML"]
+
+setup(
+    name="brainloom",
+    version="0.1.0",
+    description="A foundation model of the brain: NWB recordings in, hub folder out",
+    license="Apache-2.0",
+    python_requires=">=3.11",
+    packages=["prep", "prep.nwb", "train", "train.model"],
+    package_data={"prep": ["FORMAT.md", "recipes/*.yaml"], "train": ["configs/*.yaml"]},
+    install_requires=sorted(set(PREP + TRAIN)),
+    extras_require={"prep": PREP, "train": TRAIN, "dev": DEV},
+    classifiers=["Private :: Do Not Upload"],
+)

@@ -1,0 +1,205 @@
+"""Hand-built session plans for tests of the store and of ingest: no NWB, small, and the same from the same number.
+
+In: a number, or the path of a little text file that stands for a recording. Out: SessionPlan.
+"""
+
+import hashlib
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from prep.plan import (
+    Finding,
+    Found,
+    IntervalTable,
+    PlannedStimulus,
+    PlannedStream,
+    PrepError,
+    SessionPlan,
+    Units,
+)
+from prep.settings import NO_TIME
+from prep.store import FILLS, Array, StreamSpec
+from prep.write_session import Target
+
+SECOND_NS = 1_000_000_000
+FRAMES_SHAPE = (7, 4, 3)
+RECIPE_DIGEST = "0" * 64
+
+
+class SmallShards(StreamSpec):
+    """A stream whose shards hold two chunks, so that a small store has several."""
+
+    @property
+    def shard_tokens(self) -> int:
+        return 2 * self.chunk_tokens
+
+
+@dataclass(frozen=True)
+class Values:
+    """Reads tokens that a formula gives: value = f(token, source, sample), by integer hashing, so the same anywhere."""
+
+    kind: str
+    shape: tuple[int, int, int]
+    seed: int
+    slow_s: float = 0.0
+    missing_shard: tuple[int, int] = (0, 0)
+    broken_at: int = -1
+
+    def read(self, start: int, stop: int) -> Array:
+        time.sleep(self.slow_s)
+        if start <= self.broken_at < stop:
+            raise OSError("the disk is on fire")
+        return self.all()[start:stop]
+
+    def all(self) -> Array:
+        """Every token (K, S, P)."""
+        number = np.arange(int(np.prod(self.shape)), dtype=np.uint64).reshape(self.shape)
+        mixed = (number + np.uint64(self.seed)) * np.uint64(0x9E3779B97F4A7C15)
+        level = ((mixed >> np.uint64(40)) % np.uint64(1000)).astype(np.int64)  # 0..999
+        missing = level % 97 == 0
+        if self.kind == "counts":
+            values = np.where(missing, FILLS["counts"], level // 200).astype(np.uint8)
+        elif self.kind == "frames":
+            values = np.where(missing, -1, level % FRAMES_SHAPE[0]).astype(np.int32)
+        else:
+            values = np.where(missing, np.nan, level / 64 - 3).astype(np.float32)
+        values[slice(*self.missing_shard)] = FILLS[self.kind]  # type: ignore[index]
+        return values
+
+
+@dataclass(frozen=True)
+class Pixels:
+    """Reads frames that a formula gives."""
+
+    shape: tuple[int, ...] = FRAMES_SHAPE
+
+    def read(self, start: int, stop: int) -> Array:
+        return (np.arange(int(np.prod(self.shape))) * 37 % 251).astype(np.uint8).reshape(self.shape)[start:stop]
+
+
+def stream(
+    name: str, kind: str, modality: str, shape: tuple[int, int, int], seed: int = 1, **more: Any
+) -> PlannedStream:
+    """A stream of `shape` (K, S, P) in small shards; `more`: fields of Values, of StreamSpec, offset_ns."""
+    of_values = {key: more.pop(key) for key in ("slow_s", "missing_shard", "broken_at") if key in more}
+    offset_ns = more.pop("offset_ns", None)
+    duration_ns = 100_000_000
+    spec = SmallShards(
+        name=name,
+        kind=kind,  # type: ignore[arg-type]
+        modality=modality,  # type: ignore[arg-type]
+        num_tokens=shape[0],
+        num_sources=shape[1],
+        samples_per_token=shape[2],
+        duration_ns=duration_ns,
+        sample_ns=duration_ns // shape[2],
+        **more,
+    )
+    start_ns = 12_000_000 * SECOND_NS + np.arange(shape[0], dtype=np.int64) * duration_ns
+    return PlannedStream(
+        spec=spec, start_ns=start_ns, reader=Values(kind, shape, seed, **of_values), offset_ns=offset_ns
+    )
+
+
+def session(source: Path, session_id: str, seed: int = 1, dataset_id: str = "d1", **more: Any) -> SessionPlan:
+    """A session with spikes, traces with offsets, running and a stimulus; 13 s. `more`: of the spikes' Values."""
+    origin = 12_000_000 * SECOND_NS
+    frames = Pixels()
+    digest = hashlib.sha256(frames.read(0, FRAMES_SHAPE[0]).tobytes()).hexdigest()[:16]
+    streams = (
+        stream("spikes", "counts", "spikes", (130, 3, 5), seed, first_unit=0, origin="/units", **more),
+        stream(
+            "roi",
+            "trace",
+            "traces",
+            (125, 2, 3),
+            seed + 1,
+            first_unit=3,
+            missing_shard=(40, 80),
+            offset_ns=np.array([0, 7_000_000], np.int64),
+        ),
+        stream("running", "trace", "behavior", (125, 1, 1), seed + 2, channels=("speed",), unit="cm/s"),
+        stream("movie", "frames", "stimulus", (60, 1, 1), seed + 3, channels=("screen",), stimulus=digest),
+    )
+    units = Units(
+        unit_key=[f"{dataset_id}/{session_id}/{number}" for number in range(5)],
+        kind=["unit"] * 3 + ["roi"] * 2,
+        region=["CA1", "", "V1", "V1", "sübiculum"],
+        quality=["good"] * 5,
+        xyz_um=np.array([[1, 2, 3]] * 4 + [[np.nan] * 3], np.float32),
+    )
+    trials = IntervalTable(
+        start_ns=origin + np.array([0, 2, 5]) * SECOND_NS,
+        stop_ns=np.array([origin + SECOND_NS, origin + 3 * SECOND_NS, NO_TIME]),
+        columns={"contrast": np.array([0.5, np.nan, 1.0]), "phase": ["go", "", "no go"]},
+    )
+    return SessionPlan(
+        dataset_id=dataset_id,
+        session_id=session_id,
+        subject_id="mouse-1",
+        source=source,
+        licence="CC-BY-4.0",
+        units=units,
+        streams=streams,
+        stimuli=(PlannedStimulus(digest=digest, shape=FRAMES_SHAPE, reader=frames),),
+        intervals={"trials": trials},
+        splits=(
+            (origin, origin + 8 * SECOND_NS, "train"),
+            (origin + 9 * SECOND_NS, origin + 10 * SECOND_NS, "valid"),
+            (origin + 11 * SECOND_NS, origin + 13 * SECOND_NS, "test"),
+        ),
+        coverage=(Found(path="/units", neurodata_type="Units", used_as="spikes"),),
+        findings=(Finding(code="gaps", path="/units", action="noted", message="none"),),
+    )
+
+
+@dataclass(frozen=True)
+class FakeRecipe:
+    """What ingest asks of a recipe."""
+
+    text: str = ""
+    dataset_id: str | None = None
+
+    def digest(self) -> str:
+        return hashlib.sha256(self.text.encode()).hexdigest()
+
+
+def fake_planner(path: Path, recipe: Any, dataset_id: str) -> SessionPlan:
+    """Plans a file of words `session=… seed=… slow_s=… broken_at=…`; `refuse=why` refuses it."""
+    words = dict(word.split("=", 1) for word in path.read_text().split())
+    if "refuse" in words:
+        raise PrepError(words["refuse"].replace("_", " "))
+    more = {key: kind(words[key]) for key, kind in (("slow_s", float), ("broken_at", int)) if key in words}
+    return session(path, words["session"], int(words.get("seed", 1)), dataset_id, **more)
+
+
+def target(root: Path, plan: SessionPlan, run: str = "test") -> Target:
+    """Where the store at `root` keeps a hand-built session."""
+    from prep.write_session import session_folder, source_of
+
+    folder = session_folder(plan.dataset_id, plan.session_id)
+    return Target(root=root, folder=folder, run=run, sources=(source_of(plan.source),), recipe_digest=RECIPE_DIGEST)
+
+
+def build_store(root: Path, recording: Path, *session_ids: str) -> None:
+    """A store of hand-built sessions, written in this process."""
+    from prep import catalog
+    from prep.write_session import write_plan
+
+    for number, session_id in enumerate(session_ids):
+        plan = session(recording, session_id, seed=1 + 10 * number)
+        write_plan(plan, target(root, plan))
+    catalog.write(root)
+
+
+def tree(root: Path) -> dict[str, str]:
+    """Every file of a store with its digest, but for what only tells about runs."""
+    return {
+        path.relative_to(root).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in sorted(root.rglob("*"))
+        if path.is_file() and path.name not in (".lock", "failed.jsonl")
+    }

@@ -1,0 +1,385 @@
+"""The launcher: what ranks get, what is said when one fails, and that nothing is left behind.
+
+In:  tiny Python scripts as the command, a launcher in a process of its own where signals are tested.
+Out: exit codes, logs, messages, and the absence of processes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from train import hostfile, launch
+from train.hostfile import Host, HostfileError
+from train.launch import LaunchError
+
+ROOT = Path(__file__).resolve().parent.parent
+HERE = [Host("localhost", 2)]
+ENV = {"PATH": os.environ["PATH"], "DS_ACCELERATOR": "cpu"}
+
+
+@pytest.fixture(autouse=True)
+def _own_extensions_and_no_name_server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setattr(hostfile, "addresses", lambda name: set())
+    ENV["TORCH_EXTENSIONS_DIR"] = str(tmp_path / "extensions")
+    yield
+    del ENV["TORCH_EXTENSIONS_DIR"]
+
+
+def _python(code: str, *arguments: str) -> list[str]:
+    return [sys.executable, "-S", "-c", "import os, sys, time, signal\n" + code, *arguments]
+
+
+def _log(tmp_path: Path, rank: int) -> str:
+    return (tmp_path / "logs" / f"rank-{rank:05d}.log").read_text(encoding="utf-8")
+
+
+def _wait(condition: Callable[[], bool], what: str) -> None:
+    deadline = time.monotonic() + 10
+    while not condition():
+        assert time.monotonic() < deadline, f"waited 10 s for {what}"
+        time.sleep(0.02)
+
+
+def _alive(pid: int) -> bool:
+    try:
+        state = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()[0]
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+    return state not in "ZX"
+
+
+def test_every_rank_gets_its_environment_and_its_log(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    command = _python(
+        "import json; print(json.dumps(dict(os.environ))); print(sys.argv[1], file=sys.stderr)", "a $b 'c"
+    )
+    assert launch.launch(HERE, command, tmp_path / "logs", {**ENV, "TORCHELASTIC_USE_AGENT_STORE": "True"}) == 0
+    ports = set()
+    for rank in (0, 1):
+        first, second = sorted(_log(tmp_path, rank).splitlines(), key=lambda line: line[0] != "{")
+        env = json.loads(first)
+        assert second == "a $b 'c"
+        assert (env["RANK"], env["LOCAL_RANK"]) == (str(rank), str(rank))
+        assert (env["WORLD_SIZE"], env["LOCAL_WORLD_SIZE"], env["LOCAL_SIZE"]) == ("2", "2", "2")
+        assert (env["MASTER_ADDR"], env["DS_ACCELERATOR"], env["GLOO_SOCKET_IFNAME"]) == ("127.0.0.1", "cpu", "lo")
+        assert "TORCHELASTIC_USE_AGENT_STORE" not in env
+        ports.add(int(env["MASTER_PORT"]))
+    assert len(ports) == 1
+    assert capsys.readouterr().out == _log(tmp_path, 0)
+
+
+def test_what_is_set_is_kept_and_what_is_not_has_a_default(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(launch, "_num_cores", lambda: 9)
+    monkeypatch.setattr(launch, "_has_cuda", lambda: False)
+    env = launch.rank_environment(1, 4, "1234", {})
+    assert (env["OMP_NUM_THREADS"], env["DS_ACCELERATOR"], env["GLOO_SOCKET_IFNAME"]) == ("2", "cpu", "lo")
+    assert env["TORCH_EXTENSIONS_DIR"] == str(Path(sys.prefix) / "torch_extensions")
+    kept = {"OMP_NUM_THREADS": "7", "GLOO_SOCKET_IFNAME": "eth1", "TORCH_EXTENSIONS_DIR": "/x"}
+    assert kept.items() <= launch.rank_environment(1, 4, "1234", kept).items()
+    monkeypatch.setattr(launch, "_has_cuda", lambda: True)
+    with_cuda = launch.rank_environment(1, 4, "1234", {})
+    assert "DS_ACCELERATOR" not in with_cuda and "GLOO_SOCKET_IFNAME" not in with_cuda
+
+
+def test_the_first_failing_rank_is_named_and_the_others_are_ended(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code = "print('up', os.getpid(), flush=True)\nif os.environ['RANK'] == '1': sys.exit(3)\ntime.sleep(60)"
+    start = time.monotonic()
+    assert launch.launch([Host("127.0.0.1", 3)], _python(code), tmp_path / "logs", ENV) == 3
+    assert time.monotonic() - start < 5
+    said = capsys.readouterr().err
+    assert "rank 1 of 3 failed first and the others were stopped: exit code 3." in said
+    assert str(tmp_path / "logs" / "rank-00001.log") in said and "  | up " in said
+    assert not any(_alive(int(_log(tmp_path, rank).split()[1])) for rank in range(3))
+
+
+def test_the_last_traceback_is_shown_and_a_victim_is_not_blamed(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code = (
+        "if os.environ['RANK'] == '0': raise RuntimeError('Connection closed by peer')\n"
+        "time.sleep(0.2)\n"
+        "print('noise\\n' * 100)\n"
+        "raise ValueError('window 17 is not finite')"
+    )
+    assert launch.launch(HERE, _python(code), tmp_path / "logs", ENV) == 1
+    said = capsys.readouterr().err
+    assert "rank 1 of 2 failed first and the others were stopped: exit code 1." in said
+    assert "  | Traceback (most recent call last)" in said and "  | ValueError: window 17 is not finite" in said
+    assert "noise" not in said
+
+
+def test_a_rank_that_is_killed_is_named_with_its_signal(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    code = "if os.environ['RANK'] == '1': os.kill(os.getpid(), signal.SIGKILL)\ntime.sleep(60)"
+    assert launch.launch(HERE, _python(code), tmp_path / "logs", ENV) == 128 + 9
+    assert (
+        "rank 1 of 2 failed first and the others were stopped: signal SIGKILL (out of memory?"
+        in capsys.readouterr().err
+    )
+
+
+def test_a_rank_that_ignores_sigterm_is_killed_with_its_helpers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(launch, "KILL_GRACE_S", 0.3)
+    code = (
+        "import subprocess\n"
+        "if os.environ['RANK'] == '1':\n"
+        "    while not os.path.exists(sys.argv[1]): time.sleep(0.02)\n"
+        "    sys.exit(1)\n"
+        "signal.signal(signal.SIGTERM, signal.SIG_IGN)\n"
+        "helper = subprocess.Popen(['sleep', '60'])\n"
+        "print(os.getpid(), helper.pid, flush=True)\n"
+        "open(sys.argv[1], 'w').close()\n"
+        "time.sleep(60)"
+    )
+    assert launch.launch(HERE, _python(code, str(tmp_path / "ready")), tmp_path / "logs", ENV) == 1
+    pids = [int(word) for word in _log(tmp_path, 0).split()]
+    _wait(lambda: not any(_alive(pid) for pid in pids), "the rank and its helper to end")
+
+
+def test_a_second_launch_appends_to_the_logs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for word in ("one", "two"):
+        assert launch.launch([Host("localhost", 1)], _python(f"print('{word}')"), tmp_path / "logs", ENV) == 0
+    assert _log(tmp_path, 0) == "one\ntwo\n" == capsys.readouterr().out
+
+
+LAUNCHER = """
+import sys
+from pathlib import Path
+from train.hostfile import Host
+from train.launch import launch
+import os
+sys.exit(launch([Host("localhost", 2)], sys.argv[2:], Path(sys.argv[1]), os.environ))
+"""
+
+
+def _launcher(tmp_path: Path, code: str) -> tuple[subprocess.Popen[str], list[int]]:
+    """Start a launcher of two ranks that say their pid, and wait until they have."""
+    process = subprocess.Popen(
+        [sys.executable, "-W", "error", "-c", LAUNCHER, str(tmp_path / "logs"), *_python(code)],
+        env={**ENV, "PYTHONPATH": str(ROOT)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    logs = [tmp_path / "logs" / f"rank-{rank:05d}.log" for rank in (0, 1)]
+    _wait(lambda: all(log.exists() and log.read_text().endswith("\n") for log in logs), "the ranks to start")
+    return process, [int(log.read_text().split()[0]) for log in logs]
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_to_the_launcher_reaches_every_rank_and_ends_everything(
+    tmp_path: Path, number: signal.Signals
+) -> None:
+    code = (
+        "def save(*_):\n    print('saved', flush=True); sys.exit(0)\n"
+        f"signal.signal({int(number)}, save)\nprint(os.getpid(), flush=True)\ntime.sleep(60)"
+    )
+    process, pids = _launcher(tmp_path, code)
+    process.send_signal(number)
+    out, err = process.communicate(timeout=10)
+    assert process.returncode == 128 + number
+    assert f"{number.name}, passed on to 2 process(es)" in err and "saved" in out
+    assert all("saved" in _log(tmp_path, rank) for rank in (0, 1))
+    assert not any(_alive(pid) for pid in pids)
+
+
+def test_sigusr1_is_passed_on_and_a_second_sigterm_does_not_wait(tmp_path: Path) -> None:
+    code = (
+        "signal.signal(signal.SIGUSR1, lambda *_: print('checkpoint', flush=True))\n"
+        "count = []\n"
+        "def stop(*_):\n    count.append(1); print('no', flush=True)\n    if len(count) > 1: sys.exit(1)\n"
+        "signal.signal(signal.SIGTERM, stop)\n"
+        "print(os.getpid(), flush=True)\nwhile True: time.sleep(60)"
+    )
+    process, pids = _launcher(tmp_path, code)
+    process.send_signal(signal.SIGUSR1)
+    _wait(lambda: all("checkpoint" in _log(tmp_path, rank) for rank in (0, 1)), "the checkpoints")
+    process.terminate()
+    _wait(lambda: all("no" in _log(tmp_path, rank) for rank in (0, 1)), "the refusals")
+    assert process.poll() is None
+    process.terminate()
+    process.communicate(timeout=10)
+    assert process.returncode == 128 + signal.SIGTERM and not any(_alive(pid) for pid in pids)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the kernel's parent-death signal is Linux's")
+def test_a_launcher_that_is_killed_leaves_no_orphans(tmp_path: Path) -> None:
+    code = "signal.signal(signal.SIGTERM, signal.SIG_IGN)\nprint(os.getpid(), flush=True)\ntime.sleep(60)"
+    process, pids = _launcher(tmp_path, code)
+    assert all(_alive(pid) for pid in pids)
+    process.kill()
+    process.communicate(timeout=10)
+    _wait(lambda: not any(_alive(pid) for pid in pids), "the ranks to end")
+
+
+def test_two_ranks_really_reduce_over_gloo(tmp_path: Path) -> None:
+    code = (
+        "import torch, torch.distributed as dist\n"
+        "dist.init_process_group('gloo')\n"
+        "x = torch.tensor([float(dist.get_rank() + 1)])\n"
+        "dist.all_reduce(x)\n"
+        "print('sum', x.item())\n"
+        "dist.destroy_process_group()"
+    )
+    assert launch.launch(HERE, [sys.executable, "-c", code], tmp_path / "logs", ENV) == 0
+    assert all("sum 3.0" in _log(tmp_path, rank) for rank in (0, 1))
+
+
+def test_a_lock_that_nobody_holds_is_removed_and_a_held_or_new_one_is_not(tmp_path: Path) -> None:
+    locks = {name: tmp_path / "ext" / name / "lock" for name in ("held", "stale", "new")}
+    for lock in locks.values():
+        lock.parent.mkdir(parents=True)
+        lock.touch()
+        os.utime(lock, (1000, 1000))
+    os.utime(locks["new"])
+    with open(locks["held"], "rb"):
+        assert launch.clear_stale_locks(tmp_path / "ext", time.time() - 60) == [locks["stale"]]
+    assert locks["held"].exists() and locks["new"].exists() and not locks["stale"].exists()
+    assert launch.clear_stale_locks(tmp_path / "no such folder", time.time()) == []
+
+
+def test_the_launch_says_that_it_removed_a_lock(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    lock = Path(ENV["TORCH_EXTENSIONS_DIR"]) / "deepspeed_shm_comm" / "lock"
+    lock.parent.mkdir(parents=True)
+    lock.touch()
+    os.utime(lock, (1000, 1000))
+    assert launch.launch([Host("localhost", 1)], _python(""), tmp_path / "logs", ENV) == 0
+    assert f"launch: removed {lock}: a build that was killed left it" in capsys.readouterr().err
+
+
+def test_launches_that_cannot_start_say_why(tmp_path: Path) -> None:
+    with pytest.raises(LaunchError, match=r"rank 0 cannot start '/no/program': No such file .* Check the command"):
+        launch.launch(HERE, ["/no/program"], tmp_path / "logs", ENV)
+    with pytest.raises(LaunchError, match=r"found no host; .* Run `make hostfile`"):
+        launch.launch([], _python(""), tmp_path / "logs", ENV)
+    with pytest.raises(LaunchError, match=r"hosts localhost, 127\.0\.0\.1 are all this machine; .* Keep one"):
+        launch.launch([Host("localhost", 1), Host("127.0.0.1", 1)], _python(""), tmp_path / "logs", ENV)
+
+
+# Other hosts: ssh and pdsh are small scripts, DeepSpeed's runner is the real one.
+
+OTHERS = [Host("node-a.invalid", 2), Host("node-b.invalid", 2)]
+WORKER = [sys.executable, "-m", "train", "worker"]
+
+
+def _programs(tmp_path: Path, **scripts: str) -> str:
+    folder = tmp_path / "bin"
+    folder.mkdir()
+    for name, script in scripts.items():
+        (folder / name).write_text(f"#!/bin/sh\n{script}\n", encoding="utf-8")
+        (folder / name).chmod(0o755)
+    return f"{folder}:{os.environ['PATH']}"
+
+
+def test_hosts_that_do_not_answer_are_named_and_nothing_starts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ssh = 'case "$*" in *node-b*) echo "no route to node-b" >&2; exit 255;; esac'
+    path = _programs(tmp_path, ssh=ssh, pdsh=f"touch {tmp_path}/started")
+    monkeypatch.setenv("PATH", path)
+    with pytest.raises(HostfileError, match=r"1 of 2 hosts do not answer: node-b\.invalid \(no route to node-b\)"):
+        launch.launch(OTHERS, WORKER, tmp_path / "logs", {**ENV, "PATH": path})
+    assert not (tmp_path / "started").exists()
+
+
+def test_without_pdsh_the_message_says_what_to_install(tmp_path: Path) -> None:
+    with pytest.raises(LaunchError, match=r"found no `pdsh` on this machine; .* Install it"):
+        launch.launch(OTHERS, WORKER, tmp_path / "logs", {**ENV, "PATH": str(tmp_path)})
+
+
+def test_deepspeeds_runner_brings_every_argument_whole_to_the_other_hosts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arguments = ["a=1", "it's", "x [1, 2]", "$HOME", '$(id) `id` \\ "q"', "*", "a;b", "[1,2]"]
+    # What follows `worker` on pdsh's command line is what the remote shell reads.
+    pdsh = 'case "$*" in *pkill*) exit 0;; esac\nprintf "%s" "$*" > "$PDSH_SEEN"'
+    path = _programs(tmp_path, ssh="echo 10.0.0.1", pdsh=pdsh)
+    seen = tmp_path / "seen"
+    monkeypatch.setenv("PATH", path)
+    env = {**ENV, "PATH": path, "PDSH_SEEN": str(seen), "BRAINLOOM_X": "y z", "HF_TOKEN": "secret", "MASTER_PORT": "1"}
+    assert launch.launch(OTHERS[:1], [*WORKER, *arguments], tmp_path / "logs", env) == 0
+    line = seen.read_text(encoding="utf-8")
+    assert "-w node-a.invalid" in line and "--no_local_rank" in line and "--master_port=1 " in line
+    assert 'export BRAINLOOM_X="y z";' in line and "secret" not in line
+    remote = "printf '%s\\n' " + line.split(" train worker ")[1]
+    printed = subprocess.run(["sh", "-c", remote], capture_output=True, text=True, check=True).stdout
+    assert printed.splitlines() == arguments
+    assert hostfile.read(tmp_path / "logs" / "hostfile") == OTHERS[:1]
+
+
+def test_a_failure_on_other_hosts_is_reported_with_the_runners_log(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = _programs(tmp_path, ssh="echo 10.0.0.1", pdsh='echo "node-b: out of disk"; exit 5')
+    monkeypatch.setenv("PATH", path)
+    assert launch.launch(OTHERS, WORKER, tmp_path / "logs", {**ENV, "PATH": path}) == 5
+    said = capsys.readouterr()
+    assert "launch: the DeepSpeed runner failed: exit code 5. Its last lines" in said.err
+    assert "  | node-b: out of disk" in said.err and "node-b: out of disk" in said.out
+
+
+def test_what_cannot_go_through_pdsh_is_refused() -> None:
+    with pytest.raises(LaunchError, match=r"found 'a%h'; expected arguments without `%`"):
+        launch.quote_for_pdsh("a%h")
+    with pytest.raises(LaunchError, match=r"expected `python -m MODULE \.\.\.`"):
+        launch.deepspeed_command(["/bin/true"], Path("logs"), {})
+    with pytest.raises(LaunchError, match=r"found HF_HOME='\$\(id\)', .* Change or unset HF_HOME"):
+        launch.forwarded_environment({"HF_HOME": "$(id)"})
+
+
+def test_the_users_own_deepspeed_env_loses_what_would_crash_the_runner(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / ".deepspeed_env").write_text("# c\n\nA=1\n", encoding="utf-8")
+    assert launch.forwarded_environment(ENV)[0] == "A=1"
+
+
+def _main(*argv: str) -> int:
+    """Parse as `python -m train` does: in a sub-command."""
+    parser = argparse.ArgumentParser()
+    launch.configure(parser.add_subparsers().add_parser("launch"))
+    return launch.main(parser.parse_args(["launch", *argv]))
+
+
+def test_a_dry_run_shows_the_ranks_of_this_machine(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    hostfile.write(tmp_path / "hosts", HERE, "test")
+    out = tmp_path / "run"
+    assert _main("--hostfile", str(tmp_path / "hosts"), "--out", str(out), "--dry-run", "--", "--x", "a b") == 0
+    printed = capsys.readouterr().out
+    for rank in (0, 1):
+        assert f"this machine, rank {rank}, log {out}/logs/rank-{rank:05d}.log:" in printed
+        assert f" RANK={rank} " in printed
+    assert printed.count(shlex.join([*WORKER, "--x", "a b"])) == 2
+    assert not out.exists()
+
+
+def test_a_dry_run_shows_the_checks_the_hosts_and_the_runner(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    hostfile.write(tmp_path / "hosts", OTHERS, "test")
+    assert _main("--hostfile", str(tmp_path / "hosts"), "--out", str(tmp_path / "run"), "--dry-run", "--", "--x") == 0
+    printed = capsys.readouterr().out
+    assert "node-b.invalid: ranks 2 to 3\n    check: ssh -o BatchMode=yes -o ConnectTimeout=5 node-b.invalid" in printed
+    assert "-m deepspeed.launcher.runner --hostfile" in printed
+    assert "--force_multi --no_local_rank --module train worker --x" in printed
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_missing_or_wrong_hostfile_ends_with_2(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert _main("--hostfile", str(tmp_path / "none"), "--", "--x") == 2
+    assert "HostfileError" in capsys.readouterr().err
+    (tmp_path / "wrong").write_text("localhost slots=2.5\n", encoding="utf-8")
+    assert _main("--hostfile", str(tmp_path / "wrong"), "--", "--x") == 2
+    assert "line 1: found 'localhost slots=2.5'" in capsys.readouterr().err

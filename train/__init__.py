@@ -1,0 +1,1 @@
+"""train: a token store in, a foundation model of the brain out."""

@@ -1,0 +1,253 @@
+"""Checkpoints: fragments by name and offset, unit rows by key, sealed by a manifest; no pickle.
+
+In: an engine at a step. Out: <run>/checkpoints/step-00000100/ with, per rank, master weights and moments of its partitions
+as safetensors, rank 0's unit table and state.json, and manifest.json written last: a folder without one is not a checkpoint.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from deepspeed.utils import (
+    safe_get_local_fp32_param,
+    safe_get_local_optimizer_state,
+    safe_set_local_fp32_param,
+    safe_set_local_optimizer_state,
+)
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from train.engine import Engine
+
+CHECKPOINT_FORMAT = 1
+MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+class CheckpointError(ValueError):
+    """A checkpoint cannot be used; the message says which file and what to do."""
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A sealed checkpoint, read by name."""
+
+    path: Path
+    manifest: dict[str, Any]
+
+    @property
+    def step(self) -> int:
+        """Optimizer steps that were done."""
+        return int(self.manifest["step"])
+
+    def state(self) -> dict[str, Any]:
+        """Position, shapes, resolved configuration."""
+        content: dict[str, Any] = json.loads((self.path / "state.json").read_text())
+        return content
+
+    def parameter(self, name: str, kind: str, start: int, stop: int) -> Tensor:
+        """Elements [start, stop) of a flattened parameter, pieced together from the fragments that cover them."""
+        whole, covered = torch.empty(stop - start), 0
+        for file, key, offset, size in self._fragments(name, kind):
+            first, last = max(start, offset), min(stop, offset + size)
+            if first < last:
+                with safe_open(self.path / file, "pt") as opened:
+                    whole[first - start : last - start] = opened.get_slice(key)[first - offset : last - offset]
+                covered += last - first
+        if covered != stop - start:
+            raise CheckpointError(
+                f"{self.path} has {covered} of {stop - start} elements of {name} ({kind}). It is not this model's."
+            )
+        return whole
+
+    def _fragments(self, name: str, kind: str) -> Iterator[tuple[str, str, int, int]]:
+        for file, fragments in self.manifest["fragments"].items():
+            for key, size in fragments.items():
+                its_name, its_kind, offset = key.split("|")
+                if (its_name, its_kind) == (name, kind):
+                    yield file, key, int(offset), size
+
+    def table(self) -> tuple[dict[str, Tensor], list[str]]:
+        """Unit rows and their keys."""
+        keys: list[str] = json.loads((self.path / "unit_keys.json").read_text())
+        return load_file(self.path / "unit_table.safetensors"), keys
+
+
+def save(engine: Engine, root: Path, step: int, keys: Callable[[], list[str]], state: dict[str, Any]) -> Path:
+    """Write and seal a checkpoint; every rank calls it. Returns its folder."""
+    final, temporary = root / f"step-{step:08d}", root / f".step-{step:08d}.partial"
+    rank, world_size = dist.get_rank(), dist.get_world_size()
+    if rank == 0:
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+    dist.barrier()
+    fragments = local_fragments(engine.model, rank)
+    save_file(fragments, temporary / f"rank-{rank:05d}.safetensors")
+    _sync(temporary / f"rank-{rank:05d}.safetensors")
+    if rank == 0:
+        _save_shared(engine, temporary, keys(), {**state, "step": step, "world_size": world_size})
+    dist.barrier()  # sealed only after all ranks are done
+    if rank == 0:
+        seal(temporary, step)
+        shutil.rmtree(final, ignore_errors=True)
+        temporary.rename(final)
+        _sync(root)
+    dist.barrier()
+    return final
+
+
+def local_fragments(model: nn.Module, rank: int) -> dict[str, Tensor]:
+    """This rank's part of each parameter and its moments, by `name|kind|offset`; the padding is left out."""
+    fragments = {}
+    for name, parameter in model.named_parameters():
+        size = parameter.ds_tensor.numel()
+        offset, length = rank * size, min(size, parameter.ds_numel - rank * size)
+        if length <= 0:
+            continue
+        tensors = {"master": safe_get_local_fp32_param(parameter)}
+        tensors |= {kind: safe_get_local_optimizer_state(parameter, kind) for kind in MOMENTS}
+        for kind, tensor in tensors.items():
+            fragments[f"{name}|{kind}|{offset}"] = tensor[:length].detach().float().cpu().clone()
+    return fragments
+
+
+def _save_shared(engine: Engine, folder: Path, keys: list[str], state: dict[str, Any]) -> None:
+    shapes = {name: list(parameter.ds_shape) for name, parameter in engine.model.named_parameters()}
+    save_file(
+        {name: tensor.cpu().contiguous() for name, tensor in engine.table.state().items()},
+        folder / "unit_table.safetensors",
+    )
+    (folder / "unit_keys.json").write_text(json.dumps(keys))
+    (folder / "config.json").write_text(engine.model.config.to_json_string())
+    content = {**state, "optimizer_steps": _optimizer_steps(engine), "shapes": shapes}
+    (folder / "state.json").write_text(json.dumps(content, indent=1, sort_keys=True))
+
+
+def _optimizer_steps(engine: Engine) -> int:
+    """Adam's step count; the sub-groups move together, so that there is one number."""
+    inner = engine.optimizer.optimizer
+    counts = {int(inner.state[flat]["step"]) for flat in engine.optimizer.fp32_partitioned_groups_flat}
+    assert len(counts) == 1, f"sub-groups disagree on the number of steps: {counts}"
+    return counts.pop()
+
+
+def seal(folder: Path, step: int) -> None:
+    """Write the manifest: every file with size and digest, and where each fragment lies."""
+    files, fragments = {}, {}
+    for path in sorted(folder.iterdir()):
+        _sync(path)
+        files[path.name] = {"bytes": path.stat().st_size, "sha256": _sha256(path)}
+        if path.name.startswith("rank-"):
+            with safe_open(path, "pt") as opened:
+                fragments[path.name] = {key: opened.get_slice(key).get_shape()[0] for key in opened.keys()}  # noqa: SIM118
+    content = {"format": CHECKPOINT_FORMAT, "step": step, "files": files, "fragments": fragments}
+    temporary = folder / ".manifest.json"
+    temporary.write_text(json.dumps(content, indent=1, sort_keys=True))
+    _sync(temporary)
+    temporary.rename(folder / "manifest.json")
+    _sync(folder)
+
+
+def newest(root: Path) -> tuple[Checkpoint | None, list[str]]:
+    """The newest sealed and undamaged checkpoint, and what was passed over."""
+    passed_over = []
+    for folder in sorted(root.glob("step-*"), reverse=True):
+        try:
+            return open_checkpoint(folder), passed_over
+        except CheckpointError as error:
+            passed_over.append(str(error))
+    return None, passed_over
+
+
+def open_checkpoint(folder: Path) -> Checkpoint:
+    """Open and verify a checkpoint: it is sealed, and every file is what was sealed."""
+    manifest_path = folder / "manifest.json"
+    if not manifest_path.exists():
+        raise CheckpointError(f"{folder} has no manifest.json: it was never sealed. Use an earlier checkpoint.")
+    try:
+        manifest = json.loads(manifest_path.read_text())
+    except ValueError as error:
+        raise CheckpointError(f"{manifest_path} is damaged ({error}). Use an earlier checkpoint.") from error
+    if manifest.get("format") != CHECKPOINT_FORMAT:
+        raise CheckpointError(
+            f"{folder} is checkpoint format {manifest.get('format')}; this code reads [{CHECKPOINT_FORMAT}]. Update the code."
+        )
+    for name, recorded in manifest["files"].items():
+        path = folder / name
+        if not path.exists() or path.stat().st_size != recorded["bytes"] or _sha256(path) != recorded["sha256"]:
+            raise CheckpointError(
+                f"{path} is missing or damaged (differs from the manifest). Use an earlier checkpoint."
+            )
+    return Checkpoint(folder, manifest)
+
+
+def restore(engine: Engine, checkpoint: Checkpoint, keys: list[str]) -> int:
+    """Put master weights, moments, working weights and unit rows back; returns the number of rows taken over."""
+    rank, state = dist.get_rank(), checkpoint.state()
+    shapes = {name: list(parameter.ds_shape) for name, parameter in engine.model.named_parameters()}
+    if shapes != state["shapes"]:
+        odd = sorted(name for name in {*shapes, *state["shapes"]} if shapes.get(name) != state["shapes"].get(name))
+        raise CheckpointError(
+            f"{checkpoint.path} is another model's: {odd[0]} is {state['shapes'].get(odd[0])} there and {shapes.get(odd[0])} here. "
+            "Use the run's own configuration, or another OUT."
+        )
+    _create_moments(engine, int(state["optimizer_steps"]))
+    for name, parameter in engine.model.named_parameters():
+        size = parameter.ds_tensor.numel()
+        start, stop = min(rank * size, parameter.ds_numel), min((rank + 1) * size, parameter.ds_numel)
+        for kind in ("master", *MOMENTS):
+            padded = torch.zeros(size)
+            padded[: stop - start] = checkpoint.parameter(name, kind, start, stop)
+            if kind == "master":
+                safe_set_local_fp32_param(parameter, padded.to(engine.device))
+                parameter.ds_tensor.data.copy_(padded)  # the working copy, which the setter leaves as it was
+            else:
+                safe_set_local_optimizer_state(parameter, padded.to(engine.device), kind)
+    persistent = engine.optimizer.persistent_parameters
+    if persistent:  # small parameters stay gathered: refresh them from their partitions
+        persistent[0].partition(persistent)
+        persistent[0].all_gather(persistent)
+    return engine.table.load(*checkpoint.table(), keys)
+
+
+def _create_moments(engine: Engine, steps: int) -> None:
+    """Adam makes its state at the first step; a resumed run needs it before."""
+    inner = engine.optimizer.optimizer
+    for flat in engine.optimizer.fp32_partitioned_groups_flat:
+        moments = {kind: torch.zeros_like(flat.data) for kind in MOMENTS}
+        inner.state[flat] = {"step": torch.tensor(float(steps)), **moments}
+
+
+def prune(root: Path, keep: int) -> None:
+    """Keep the newest checkpoints; remove older ones and what was never sealed."""
+    sealed = sorted(path for path in root.glob("step-*") if (path / "manifest.json").exists())
+    for folder in sealed[: max(0, len(sealed) - keep)]:
+        shutil.rmtree(folder)
+
+
+def full_state(checkpoint: Checkpoint) -> dict[str, Tensor]:
+    """All weights of a checkpoint, whole, in fp32: for export and evaluation."""
+    state = checkpoint.state()
+    weights = {}
+    for name, shape in state["shapes"].items():
+        size = int(torch.Size(shape).numel())
+        weights[name] = checkpoint.parameter(name, "master", 0, size).reshape(shape)
+    return weights
+
+
+def _sha256(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    os.fsync(handle)
+    os.close(handle)

@@ -1,0 +1,174 @@
+"""The configuration of a run: one YAML file, `key=value` overrides, frozen dataclasses.
+
+In: train/configs/*.yaml. Out: RunConfig, whose resolved form is saved with the run.
+"""
+
+import json
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+from prep.settings import ConfigError, build, parse_value, read_yaml
+
+Family = Literal["co_smoothing", "forecasting", "encoding", "decoding", "inpainting"]
+FAMILIES: tuple[Family, ...] = ("co_smoothing", "forecasting", "encoding", "decoding", "inpainting")
+
+# Layers, width, heads, inner width, unit row: the trunk has about 12 * width^2 parameters a layer.
+PRESETS: dict[str, dict[str, Any]] = {
+    "debug": {
+        "hidden_size": 128,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 4,
+        "intermediate_size": 344,
+        "unit_embed_size": 64,
+    },
+    "20m": {
+        "hidden_size": 384,
+        "num_hidden_layers": 10,
+        "num_attention_heads": 6,
+        "intermediate_size": 1024,
+        "unit_embed_size": 128,
+    },
+    "80m": {
+        "hidden_size": 768,
+        "num_hidden_layers": 10,
+        "num_attention_heads": 12,
+        "intermediate_size": 2048,
+        "unit_embed_size": 128,
+    },
+    "300m": {
+        "hidden_size": 1024,
+        "num_hidden_layers": 22,
+        "num_attention_heads": 16,
+        "intermediate_size": 2816,
+        "unit_embed_size": 256,
+    },
+    "1b": {
+        "hidden_size": 1792,
+        "num_hidden_layers": 25,
+        "num_attention_heads": 14,
+        "intermediate_size": 4864,
+        "unit_embed_size": 256,
+    },
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """Which model: a preset, and what differs from it (keys of BrainloomConfig)."""
+
+    preset: str = "debug"
+    overrides: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.preset not in PRESETS:
+            raise ConfigError(f"preset = {self.preset!r} is not known. Valid: {', '.join(PRESETS)}.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """What a sample is."""
+
+    context_s: float = 2.0
+    stride_s: float = 1.0  # between two windows of the train split; each is moved by up to this much
+    max_units: int = 64  # units of a window in training, drawn by the sample's own seed
+    max_queries: int = 384  # hidden tokens that are predicted in training, drawn likewise
+    max_frames: int = 32
+    num_workers: int = 0  # loader processes per rank; 0 = a thread
+
+    def __post_init__(self) -> None:
+        if abs(self.context_s * 10 - round(self.context_s * 10)) > 1e-9 or self.context_s <= 0:
+            raise ConfigError(f"context_s = {self.context_s} must be a positive multiple of 0.1 s (one token).")
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimConfig:
+    """How the parameters move."""
+
+    num_steps: int = 100
+    global_batch_size: int = 16
+    micro_batch_size: int = 8
+    lr: float = 2e-3
+    unit_lr: float = 1e-2
+    weight_decay: float = 0.01
+    warmup_steps: int = 20
+    final_lr_fraction: float = 0.05
+    clip_norm: float = 1.0
+    unit_dropout: float = 0.1  # how often a unit's residual row is absent in training
+    families: tuple[Family, ...] = FAMILIES  # in turn, one a step
+    precision: Literal["fp32", "bf16"] = "fp32"
+
+    def __post_init__(self) -> None:
+        if not self.families:
+            raise ConfigError(f"families is empty. Give at least one of {list(FAMILIES)}.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """One run."""
+
+    seed: int = 0
+    ds_config: str = "ds_configs/zero3.json"
+    checkpoint_every: int = 50
+    keep_checkpoints: int = 2
+    log_every: int = 10
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    train: OptimConfig = field(default_factory=OptimConfig)
+
+    def save(self, path: Path) -> None:
+        """Write the resolved configuration as YAML."""
+        path.write_text(yaml.safe_dump(json.loads(json.dumps(asdict(self))), sort_keys=False))
+
+
+def load(path: Path, overrides: list[str] | None = None) -> RunConfig:
+    """Defaults, then the file, then `a.b=value` overrides; the first mistake is a ConfigError."""
+    content = read_yaml(path)
+    for override in overrides or []:
+        key, found, text = override.partition("=")
+        if not found:
+            raise ConfigError(f"override {override!r} is not of the form key=value, for instance train.num_steps=100.")
+        _set(content, key.split("."), parse_value(text), override)
+    return build(RunConfig, content, str(path))
+
+
+def _set(content: dict[str, Any], keys: list[str], value: Any, override: str) -> None:
+    for key in keys[:-1]:
+        content = content.setdefault(key, {})
+        if not isinstance(content, dict):
+            raise ConfigError(f"override {override!r}: {key} is not a section.")
+    content[keys[-1]] = value
+
+
+def gradient_accumulation(config: OptimConfig, world_size: int) -> int:
+    """Micro-batches per rank and step that make up the global batch."""
+    per_pass = config.micro_batch_size * world_size
+    if config.global_batch_size % per_pass:
+        raise ConfigError(
+            f"train.global_batch_size {config.global_batch_size} is not a multiple of micro_batch_size x ranks "
+            f"({config.micro_batch_size} x {world_size}). Change one of them."
+        )
+    return config.global_batch_size // per_pass
+
+
+def deepspeed_config(config: RunConfig, world_size: int) -> dict[str, Any]:
+    """The resolved DeepSpeed JSON: mechanics from the file, everything else from the run's YAML."""
+    path = Path(config.ds_config)
+    try:
+        mechanics: dict[str, Any] = json.loads(path.read_text())
+    except FileNotFoundError as error:
+        raise ConfigError(f"ds_config = {config.ds_config} does not exist. Valid: a file of ds_configs/.") from error
+    except ValueError as error:
+        raise ConfigError(f"{path} is not valid JSON: {error}") from error
+    ours = {
+        "train_batch_size": config.train.global_batch_size,
+        "train_micro_batch_size_per_gpu": config.train.micro_batch_size,
+        "gradient_accumulation_steps": gradient_accumulation(config.train, world_size),
+        "gradient_clipping": config.train.clip_norm,
+        "bf16": {"enabled": config.train.precision == "bf16"},
+    }
+    for key in {*ours, "optimizer", "scheduler", "fp16"} & set(mechanics):
+        raise ConfigError(f"{path}: {key} belongs to the run's YAML, not to the engine's mechanics. Remove it there.")
+    return {**mechanics, **ours}

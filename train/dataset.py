@@ -1,0 +1,322 @@
+"""Windows of a store as samples and batches.
+
+In: a token store. Out: numpy samples of fixed shape (what is visible, what is asked), and batches of tensors.
+
+Shape suffixes: n tokens, S sources, P samples per token, F frames; see modeling_brainloom.py for the batch.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from prep.settings import COUNT_MISSING, MODALITIES, TOKEN_NS
+from prep.store import Session, Store
+from train.config import DataConfig, Family
+from train.masking import Mask, TokenTable
+from train.model.processing_brainloom import middle, standard_pixels, standardise
+from train.sources import SourceTable
+
+Array = npt.NDArray[Any]
+
+
+@dataclass(frozen=True)
+class Windows:
+    """The windows of one split: session, first start and number, block by block."""
+
+    session: npt.NDArray[np.int64]
+    start_ns: npt.NDArray[np.int64]
+    stop_ns: npt.NDArray[np.int64]
+    last: npt.NDArray[np.int64]  # cumulative number of windows
+    stride_ns: int
+    context_ns: int
+
+    def __len__(self) -> int:
+        return int(self.last[-1]) if len(self.last) else 0
+
+    def locate(self, index: int, jitter: float = 0.0) -> tuple[int, int]:
+        """(session, start_ns) of a window; `jitter` in [0, 1) moves it by a share of the stride, in whole tokens."""
+        block = int(np.searchsorted(self.last, index, side="right"))
+        place = index - (int(self.last[block - 1]) if block else 0)
+        moved = int(jitter * (self.stride_ns // TOKEN_NS)) * TOKEN_NS
+        latest = (int(self.stop_ns[block]) - self.context_ns) // TOKEN_NS * TOKEN_NS
+        return int(self.session[block]), min(int(self.start_ns[block]) + place * self.stride_ns + moved, latest)
+
+
+def split_windows(store: Store, label: str, context_s: float, stride_s: float) -> Windows:
+    """All windows that lie wholly inside a split; starts are whole multiples of a token."""
+    context_ns, stride_ns = round(context_s * 1e9), max(TOKEN_NS, round(stride_s * 1e9) // TOKEN_NS * TOKEN_NS)
+    blocks = []
+    for index, entry in enumerate(store.entries):
+        for start_ns, stop_ns, name in entry["splits"]:
+            first = -(-start_ns // TOKEN_NS) * TOKEN_NS
+            if name == label and stop_ns - first >= context_ns:
+                blocks.append((index, first, stop_ns, (stop_ns - first - context_ns) // stride_ns + 1))
+    columns = np.array(blocks, np.int64).reshape(-1, 4)
+    session, start, stop, count = columns.T
+    return Windows(session, start, stop, np.cumsum(count), stride_ns, context_ns)
+
+
+@dataclass
+class Sources:
+    """The sources of a window."""
+
+    modality: npt.NDArray[np.int64]  # (S,) index into MODALITIES
+    row: npt.NDArray[np.int64]  # (S,) row of the unit table
+    features: npt.NDArray[np.float32]  # (S, U)
+    mean: npt.NDArray[np.float32]  # (S,) of the train split
+    scale: npt.NDArray[np.float32]  # (S,)
+    stream: npt.NDArray[np.int64]  # (S,) index into the session's streams
+    place: npt.NDArray[np.int64]  # (S,) the source's place in its stream
+
+
+@dataclass
+class Window:
+    """One window, read: n tokens over S sources, and the stimulus."""
+
+    session: int
+    start_ns: int
+    sources: Sources
+    tokens: TokenTable
+    token_ns: npt.NDArray[np.int64]  # (n,) absolute start on the stream's clock, without the source's offset
+    sample_s: npt.NDArray[np.float32]  # (n,)
+    values: npt.NDArray[np.float32]  # (n, P) standardised
+    labels: npt.NDArray[np.float32]  # (n, P) counts for spikes, standardised otherwise
+    observed: npt.NDArray[np.bool_]  # (n, P)
+    pixels: npt.NDArray[np.float32]  # (F, H, W) standardised
+    frame_time_s: npt.NDArray[np.float32]  # (F,)
+
+
+class WindowReader:
+    """Reads windows of a store; holds the store open, so each worker makes its own."""
+
+    def __init__(self, store: Store, samples_per_token: int, image_size: tuple[int, int], max_frames: int) -> None:
+        self.store, self.source_table = store, SourceTable(store)
+        self.samples_per_token, self.image_size, self.max_frames = samples_per_token, image_size, max_frames
+        self._sources: dict[int, Sources] = {}
+        self._check_samples()
+
+    def _check_samples(self) -> None:
+        for entry in self.store.entries:
+            for stream in entry["streams"]:
+                if stream["kind"] != "frames" and stream["samples_per_token"] > self.samples_per_token:
+                    raise ValueError(
+                        f"{entry['path']}: stream {stream['name']} has {stream['samples_per_token']} samples per token; "
+                        f"the model reads {self.samples_per_token}. Set model.overrides.samples_per_token to at least that."
+                    )
+
+    def sources(self, index: int) -> Sources:
+        """All sources of a session, cached."""
+        if index not in self._sources:
+            self._sources[index] = self._read_sources(index)
+        return self._sources[index]
+
+    def _read_sources(self, index: int) -> Sources:
+        session, entry = self.store.session(index), self.store.entries[index]
+        num_features = len(self.store.catalog["features"]["names"])
+        features = session.array("units/features") if entry["num_units"] else np.zeros((0, num_features), np.float32)
+        parts = []
+        for number, stream in enumerate(entry["streams"]):
+            if stream["kind"] == "frames":
+                continue
+            size, first = stream["num_sources"], stream["first_unit"]
+            opened = session.stream(stream["name"])
+            if first is None:
+                rows, measured = (
+                    self.source_table.channel_rows(entry, stream),
+                    np.zeros((size, num_features), np.float32),
+                )
+            else:
+                rows, measured = self.source_table.unit_rows(index, first, size), features[first : first + size]
+            modality = np.full(size, MODALITIES.index(stream["modality"]), np.int64)
+            parts.append((modality, rows, measured, opened.mean, opened.scale, np.full(size, number), np.arange(size)))
+        columns = [np.concatenate(column) for column in zip(*parts, strict=True)]
+        return Sources(*columns)
+
+    def read(
+        self, index: int, start_ns: int, context_ns: int, max_units: int = 0, chance: np.random.Generator | None = None
+    ) -> Window:
+        """Read [start_ns, start_ns + context_ns) of a session; `max_units` > 0 draws a subset of its units."""
+        chosen = self.sources(index)
+        if max_units and chance is not None:
+            chosen = _choose_units(chosen, max_units, chance)
+        session, entry = self.store.session(index), self.store.entries[index]
+        parts = [
+            self._read_stream(session, stream["name"], chosen, number, start_ns, start_ns + context_ns)
+            for number, stream in enumerate(entry["streams"])
+            if stream["kind"] != "frames" and (chosen.stream == number).any()
+        ]
+        empty = np.zeros((0, self.samples_per_token), np.float32)
+        none = np.zeros(0, np.int64)
+        columns = [np.concatenate(column) for column in zip(*parts, strict=True)] if parts else [*[none] * 5, empty]
+        source, token_ns, offset_ns, duration_ns, sample_ns, values = columns
+        observed = ~np.isnan(values)
+        modality = chosen.modality[source]
+        standard = standardise(values, chosen.mean[source], chosen.scale[source])
+        labels = np.where((modality == 0)[:, None], values, standard)
+        start_s = (token_ns + offset_ns - start_ns) / 1e9
+        tokens = TokenTable(modality, source, start_s, start_s + duration_ns / 1e9)
+        pixels, frame_time_s = self._read_frames(session, entry, start_ns, context_ns)
+        sample_s = (sample_ns / 1e9).astype(np.float32)
+        return Window(
+            index, start_ns, chosen, tokens, token_ns, sample_s, standard, labels, observed, pixels, frame_time_s
+        )
+
+    def _read_stream(
+        self, session: Session, name: str, chosen: Sources, number: int, start_ns: int, stop_ns: int
+    ) -> tuple[Array, ...]:
+        stream = session.stream(name)
+        duration_ns, sample_ns = stream.spec.duration_ns, stream.spec.sample_ns
+        tokens = stream.tokens(start_ns, stop_ns - duration_ns + sample_ns // 100 + 1)
+        wanted = np.flatnonzero(chosen.stream == number)
+        values_KSP = stream.read(tokens)[:, chosen.place[wanted], :]
+        num_tokens, num_sources, num_samples = values_KSP.shape
+        values = np.full((num_tokens * num_sources, self.samples_per_token), np.nan, np.float32)
+        values[:, :num_samples] = values_KSP.reshape(-1, num_samples)
+        if stream.spec.kind == "counts":
+            values[values == COUNT_MISSING] = np.nan
+        offset_ns = np.zeros(len(wanted), np.int64)
+        if stream.offset_ns is not None:
+            offset_ns = stream.offset_ns[chosen.place[wanted]]
+        return (
+            np.tile(wanted, num_tokens),
+            np.repeat(stream.start_ns[tokens], num_sources),
+            np.tile(offset_ns, num_tokens),
+            np.full(len(values), duration_ns, np.int64),
+            np.full(len(values), sample_ns, np.int64),
+            values,
+        )
+
+    def _read_frames(
+        self, session: Session, entry: dict[str, Any], start_ns: int, context_ns: int
+    ) -> tuple[Array, Array]:
+        pixels, times = [], []
+        for description in entry["streams"]:
+            if description["kind"] != "frames":
+                continue
+            stream = session.stream(description["name"])
+            shown = stream.tokens(start_ns, start_ns + context_ns)
+            indices = stream.read(shown)[:, 0, 0]
+            keep = np.flatnonzero(indices >= 0)
+            keep = (
+                keep[np.unique(np.linspace(0, len(keep) - 1, min(len(keep), self.max_frames)).astype(int))]
+                if len(keep)
+                else keep
+            )
+            rows = self.store.frames(description["stimulus"])
+            pixels += [rows.read(int(i), int(i) + 1)[0] for i in indices[keep]]
+            times += list((stream.start_ns[shown][keep] - start_ns) / 1e9)
+        if not pixels:
+            return np.zeros((0, *self.image_size), np.float32), np.zeros(0, np.float32)
+        return resize_frames(np.stack(pixels[: self.max_frames]), self.image_size), np.array(
+            times[: self.max_frames], np.float32
+        )
+
+
+def _choose_units(sources: Sources, max_units: int, chance: np.random.Generator) -> Sources:
+    is_unit = sources.modality < MODALITIES.index("behavior")
+    units = np.flatnonzero(is_unit)
+    if len(units) > max_units:
+        units = np.sort(chance.permutation(units)[:max_units])
+    keep = np.concatenate([units, np.flatnonzero(~is_unit)])
+    return Sources(*(getattr(sources, name)[keep] for name in Sources.__dataclass_fields__))
+
+
+def resize_frames(frames: Array, size: tuple[int, int]) -> npt.NDArray[np.float32]:
+    """Frames (F, h, w[, C]) uint8 to grey, standardised (F, H, W) float32; a change of size averages areas."""
+    grey = frames.astype(np.float32)
+    grey = grey.mean(-1) if grey.ndim == 4 else grey
+    if grey.shape[1:] != tuple(size):
+        resized = torch.nn.functional.interpolate(torch.from_numpy(grey)[:, None], list(size), mode="area")
+        grey = resized[:, 0].numpy()
+    return standard_pixels(grey)
+
+
+@dataclass(frozen=True)
+class Budget:
+    """The fixed shape of a sample."""
+
+    num_sources: int
+    num_inputs: int
+    num_queries: int
+    num_frames: int
+
+
+def budget(store: Store, data: DataConfig, family: Family) -> Budget:
+    """The shape of every sample of a family: enough for the store's fullest session."""
+    context_ns = round(data.context_s * 1e9)
+    activity = behavior = units = channels = 0
+    for entry in store.entries:
+        session_units, session_activity, session_behavior, session_channels = 0, 0, 0, 0
+        for stream in entry["streams"]:
+            tokens = stream["num_sources"] * (context_ns // max(1, stream["duration_ns"]) + 1)
+            if stream["first_unit"] is not None:
+                session_units += stream["num_sources"]
+                session_activity = max(session_activity, tokens // stream["num_sources"])
+            elif stream["modality"] == "behavior":
+                session_behavior += tokens
+                session_channels += stream["num_sources"]
+        units, activity = max(units, min(session_units, data.max_units)), max(activity, session_activity)
+        behavior, channels = max(behavior, session_behavior), max(channels, session_channels)
+    num_activity = units * activity
+    inputs = {"encoding": behavior, "inpainting": num_activity + behavior}.get(family, num_activity)
+    asked = {"decoding": behavior, "inpainting": num_activity + behavior}.get(family, num_activity)
+    frames = data.max_frames if family in ("encoding", "inpainting") and _has_frames(store) else 1
+    return Budget(units + channels, max(1, inputs), max(1, min(asked, data.max_queries)), frames)
+
+
+def _has_frames(store: Store) -> bool:
+    return any(stream["kind"] == "frames" for entry in store.entries for stream in entry["streams"])
+
+
+def make_sample(
+    window: Window, mask: Mask, shape: Budget, chance: np.random.Generator | None = None
+) -> dict[str, Array]:
+    """One sample of fixed shape. What exceeds the budget is left out by chance, or from the end without it."""
+    inputs = _fit(np.flatnonzero(mask.visible), shape.num_inputs, chance)
+    asked = _fit(np.flatnonzero(mask.asked), shape.num_queries, chance)
+    frames = np.arange(min(len(window.pixels), shape.num_frames) if mask.frames else 0)
+    sources, tokens = window.sources, window.tokens
+    middle_s = middle(tokens.start_s, tokens.stop_s - tokens.start_s)
+    sample = {
+        "unit_rows": pad(sources.row, shape.num_sources, -1),
+        "unit_features": pad(sources.features, shape.num_sources),
+        "source_modality": pad(sources.modality, shape.num_sources),
+        "source_null": pad(sources.mean * (sources.modality == 0) + (sources.modality != 0), shape.num_sources, 1.0),
+        "input_values": pad(window.values[inputs], shape.num_inputs),
+        "input_observed": pad(window.observed[inputs], shape.num_inputs),
+        "input_source": pad(tokens.source[inputs], shape.num_inputs),
+        "input_time_s": pad(middle_s[inputs], shape.num_inputs),
+        "input_sample_s": pad(window.sample_s[inputs], shape.num_inputs, 1.0),
+        "input_mask": pad(np.ones(len(inputs), np.bool_), shape.num_inputs),
+        "pixels": pad(window.pixels[frames], shape.num_frames),
+        "frame_time_s": pad(window.frame_time_s[frames], shape.num_frames),
+        "frame_mask": pad(np.ones(len(frames), np.bool_), shape.num_frames),
+        "query_source": pad(tokens.source[asked], shape.num_queries),
+        "query_time_s": pad(middle_s[asked], shape.num_queries),
+        "query_sample_s": pad(window.sample_s[asked], shape.num_queries, 1.0),
+        "labels": pad(window.labels[asked], shape.num_queries),
+        "label_mask": pad(window.observed[asked], shape.num_queries),
+    }
+    return {name: value.astype(np.float32) if value.dtype == np.float64 else value for name, value in sample.items()}
+
+
+def _fit(indices: Array, limit: int, chance: np.random.Generator | None) -> Array:
+    if len(indices) <= limit:
+        return indices
+    return np.sort(chance.permutation(indices)[:limit]) if chance is not None else indices[:limit]
+
+
+def pad(array: Array, length: int, value: float = 0) -> Array:
+    """Pad the first axis to `length`."""
+    padded = np.full((length, *array.shape[1:]), value, array.dtype)
+    padded[: len(array)] = array
+    return padded
+
+
+def collate(samples: list[dict[str, Array]]) -> dict[str, Tensor]:
+    """Stack samples into a batch of tensors."""
+    return {name: torch.from_numpy(np.stack([sample[name] for sample in samples])) for name in samples[0]}

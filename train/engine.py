@@ -1,0 +1,127 @@
+"""The engine: the model under ZeRO-3, its optimizer, and the unit table beside it.
+
+In: a run's configuration and batches. Out: losses, and parameters that move.
+Weights start from (seed, name of the module) alone: the same for any number of ranks, with ZeRO or without.
+"""
+
+import hashlib
+import math
+from typing import Any
+
+import deepspeed
+import torch
+from torch import Tensor, nn
+
+from train.config import PRESETS, OptimConfig, RunConfig, deepspeed_config
+from train.model.configuration_brainloom import BrainloomConfig
+from train.model.modeling_brainloom import BrainloomForPreTraining, BrainloomPreTrainingOutput
+from train.unit_table import UnitTable
+
+BETAS = (0.9, 0.95)
+
+
+def model_config(config: RunConfig) -> BrainloomConfig:
+    """The model's configuration: preset, then overrides, then what the data dictates."""
+    values = {**PRESETS[config.model.preset], **config.model.overrides, "context_s": config.data.context_s}
+    return BrainloomConfig(**values)
+
+
+def build_model(config: RunConfig, ds_config: dict[str, Any] | None) -> BrainloomForPreTraining:
+    """The model with its seeded weights; with a DeepSpeed configuration of stage 3 it is born in partitions."""
+    stage3 = ds_config is not None and ds_config["zero_optimization"]["stage"] == 3
+    with deepspeed.zero.Init(config_dict_or_path=ds_config, enabled=stage3):
+        model = BrainloomForPreTraining(model_config(config))
+    seed_weights(model, config.seed)
+    return model
+
+
+def seed_weights(model: BrainloomForPreTraining, seed: int) -> None:
+    """Initialise every module from (seed, its name), whole, on rank 0; ZeRO hands the partitions round."""
+    for name, module in model.named_modules():
+        own = list(module.parameters(recurse=False))
+        if not own:
+            continue
+        partitioned = [parameter for parameter in own if hasattr(parameter, "ds_id")]
+        digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
+        with deepspeed.zero.GatheredParameters(partitioned, modifier_rank=0, enabled=bool(partitioned)):
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+                model._init_weights(module)
+
+
+def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """Matrices decay; norms, biases and embeddings do not."""
+    groups: dict[bool, list[nn.Parameter]] = {True: [], False: []}
+    for name, parameter in model.named_parameters():
+        shape = getattr(parameter, "ds_shape", parameter.shape)
+        groups[len(shape) >= 2 and not name.endswith("_embed")].append(parameter)
+    return [
+        {"params": groups[True], "weight_decay": weight_decay, "name": "decay"},
+        {"params": groups[False], "weight_decay": 0.0, "name": "no_decay"},
+    ]
+
+
+def make_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.AdamW:
+    """AdamW (Loshchilov & Hutter 2019)."""
+    return torch.optim.AdamW(parameter_groups(model, config.weight_decay), lr=config.lr, betas=BETAS)
+
+
+def lr_factor(step: int, config: OptimConfig) -> float:
+    """Share of the peak learning rate at a step: linear warm-up, then a cosine. A function of the step alone."""
+    if step < config.warmup_steps:
+        return (step + 1) / config.warmup_steps
+    progress = (step - config.warmup_steps) / max(1, config.num_steps - config.warmup_steps)
+    cosine = 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
+    return config.final_lr_fraction + (1 - config.final_lr_fraction) * cosine
+
+
+class Engine:
+    """The model under DeepSpeed and the unit table; one `train_step` is one optimizer step."""
+
+    def __init__(self, config: RunConfig, num_rows: int, world_size: int) -> None:
+        self.config = config
+        self.ds_config = deepspeed_config(config, world_size)
+        model = build_model(config, self.ds_config)
+        self.num_parameters = sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters())
+        optimizer = make_optimizer(model, config.train)
+        self.deepspeed, self.optimizer, _, _ = deepspeed.initialize(
+            model=model, optimizer=optimizer, config=self.ds_config, dist_init_required=False
+        )
+        self.device: torch.device = self.deepspeed.device
+        self.table = UnitTable(num_rows, model.config.unit_embed_size, self.device)
+
+    @property
+    def model(self) -> BrainloomForPreTraining:
+        """The module inside the engine."""
+        module: BrainloomForPreTraining = self.deepspeed.module
+        return module
+
+    def forward(self, batch: dict[str, Tensor]) -> BrainloomPreTrainingOutput:
+        """Predictions and loss of one micro-batch."""
+        arguments = {name: tensor for name, tensor in batch.items() if name != "unit_rows"}
+        if self.config.train.precision == "bf16":
+            arguments = {
+                name: tensor.bfloat16() if name in ("input_values", "pixels", "unit_features") else tensor
+                for name, tensor in arguments.items()
+            }
+        embeds = self.table.lookup(batch["unit_rows"])
+        output: BrainloomPreTrainingOutput = self.deepspeed(unit_embeds=embeds, **arguments)
+        return output
+
+    def train_step(self, micro_batches: list[dict[str, Tensor]], step: int) -> tuple[Tensor, Tensor]:
+        """One optimizer step. Returns this rank's sums over its samples: nats (3,) and values (3,)."""
+        factor = lr_factor(step, self.config.train)
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.config.train.lr * factor
+        loss, nats, values = torch.zeros(()), torch.zeros(3), torch.zeros(3)
+        for batch in micro_batches:
+            output = self.forward(batch)
+            self.deepspeed.backward(output.loss)
+            self.table.accumulate()
+            self.deepspeed.step()
+            assert output.loss is not None and output.nats is not None and output.num_values is not None
+            loss += output.loss.detach().cpu() / len(micro_batches)
+            nats += output.nats.detach().sum(0).cpu()
+            values += output.num_values.sum(0).cpu()
+        self.table.step(self.config.train.unit_lr * factor)
+        return loss, torch.stack([nats, values])

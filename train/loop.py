@@ -1,0 +1,179 @@
+"""The training loop of one rank: `python -m train worker`, started by the launcher.
+
+In: a run folder with its resolved configuration, and a store. Out: checkpoints and metrics in the run folder.
+"""
+
+import argparse
+import hashlib
+import json
+import os
+import platform
+import random
+import signal
+import sys
+import time
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import deepspeed
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from prep.store import Store
+from train import checkpoint, config
+from train.engine import Engine, lr_factor, model_config
+from train.loader import TrainingSamples, batches, to_device
+from train.metrics import MetricsLog
+from train.sources import SourceTable
+
+STOPPED = 85  # exit code of a run that was asked to stop, and saved
+_stop_requested = False
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    """Arguments of one rank."""
+    parser.add_argument("--out", type=Path, required=True, help="run folder, made by `python -m train train`")
+    parser.add_argument("--resume", choices=["auto", "must", "never"], default="auto")
+
+
+def main(args: argparse.Namespace) -> int:
+    """Train one rank; the launcher has set RANK, WORLD_SIZE and the rendezvous."""
+    for number in (signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, _request_stop)
+    deepspeed.init_distributed("nccl" if torch.cuda.is_available() else "gloo", verbose=False)
+    try:
+        return train(args.out, args.resume)
+    finally:
+        dist.destroy_process_group()
+
+
+def _request_stop(number: int, frame: FrameType | None) -> None:
+    global _stop_requested
+    _stop_requested = True
+
+
+def train(run_dir: Path, resume: str = "auto") -> int:
+    """Run the steps that are left. Returns 0, or STOPPED after a signal."""
+    run = config.load(run_dir / "config.yaml")
+    store = Store(json.loads((run_dir / "run.json").read_text())["store"])
+    rank, world_size = dist.get_rank(), dist.get_world_size()
+    seed_everything(run.seed)
+    sources = SourceTable(store)
+    engine = Engine(run, len(sources), world_size)
+    first_step = _resume(engine, run_dir, resume, sources)
+    shape = model_config(run)
+    samples = TrainingSamples(store.root, run, shape.samples_per_token, tuple(shape.image_size))
+    if rank == 0:
+        _write_environment(engine, run_dir, world_size, store)
+    log = MetricsLog(run_dir, first_step, run.train.num_steps, run.log_every) if rank == 0 else None
+    root = run_dir / "checkpoints"
+    state = {"store_digest": store.digest(), "config_digest": _digest(run_dir / "config.yaml")}
+    feed = batches(samples, first_step, rank, world_size)
+    per_step = config.gradient_accumulation(run.train, world_size)
+    try:
+        for step in range(first_step, run.train.num_steps):
+            row, stop = _step(engine, feed, per_step, step)
+            if log is not None:
+                log.write(row)
+            last = step + 1 == run.train.num_steps
+            if (step + 1) % run.checkpoint_every == 0 or last or stop:
+                position = (step + 1) * run.train.global_batch_size
+                checkpoint.save(engine, root, step + 1, lambda: sources.keys, {**state, "position": position})
+                if rank == 0:
+                    checkpoint.prune(root, run.keep_checkpoints)
+            if stop and not last:
+                _say(f"asked to stop: saved step {step + 1}; the same command goes on from there")
+                return STOPPED
+    finally:
+        feed.close()  # type: ignore[attr-defined]
+        if log is not None:
+            log.close()
+    return 0
+
+
+def _step(engine: Engine, feed: Any, per_step: int, step: int) -> tuple[dict[str, Any], bool]:
+    began_s = time.perf_counter()
+    micro_batches = [to_device(next(feed), engine.device) for _ in range(per_step)]
+    waited_s = time.perf_counter() - began_s
+    num_tokens = sum(batch_tokens(batch) for batch in micro_batches)
+    loss, sums = engine.train_step(micro_batches, step)
+    shared = torch.cat([loss[None], sums.flatten(), torch.tensor([num_tokens, float(_stop_requested)])]).double()
+    dist.all_reduce(shared)
+    shared = shared.to("cpu")
+    nats, values = shared[1:7].reshape(2, 3)
+    seconds = time.perf_counter() - began_s
+    families = engine.config.train.families
+    row: dict[str, Any] = {
+        "step": step,
+        "family": families[step % len(families)],
+        "loss": float(shared[0]) / dist.get_world_size(),
+        "lr": engine.config.train.lr * lr_factor(step, engine.config.train),
+        "tokens_per_s": float(shared[7]) / seconds,
+        "data_wait_share": waited_s / seconds,
+        "seconds": seconds,
+    }
+    for name, total, count in zip(("spikes", "traces", "behavior"), nats, values, strict=True):
+        if count:
+            row[f"nats_{name}"] = float(total / count)
+    return row, bool(shared[8])
+
+
+def _resume(engine: Engine, run_dir: Path, resume: str, sources: SourceTable) -> int:
+    root = run_dir / "checkpoints"
+    found, passed_over = checkpoint.newest(root) if resume != "never" else (None, [])
+    for reason in passed_over:
+        _say(f"passed over: {reason}")
+    if found is None:
+        if resume == "must":
+            raise checkpoint.CheckpointError(
+                f"{root} has no sealed checkpoint, and --resume must was given. Check OUT, or leave --resume out."
+            )
+        _say("starting from step 0")
+        return 0
+    rows = checkpoint.restore(engine, found, sources.keys)
+    _say(f"resuming from {found.path} (step {found.step}, {rows} unit rows)")
+    return found.step
+
+
+def seed_everything(seed: int) -> None:
+    """Seed every global source of chance; samples have their own."""
+    random.seed(seed)
+    np.random.seed(seed)  # noqa: NPY002  libraries may use it
+    torch.manual_seed(seed)
+
+
+def _write_environment(engine: Engine, run_dir: Path, world_size: int, store: Store) -> None:
+    (run_dir / "ds_config.json").write_text(json.dumps(engine.ds_config, indent=1))
+    environment = {
+        "python": sys.version.split()[0],
+        "platform": platform.platform(),
+        "torch": torch.__version__,
+        "deepspeed": deepspeed.__version__,
+        "world_size": world_size,
+        "device": str(engine.device),
+        "omp_num_threads": os.environ.get("OMP_NUM_THREADS"),
+        "store_digest": store.digest(),
+        "num_parameters_core": engine.num_parameters,
+        "num_parameters_units": engine.table.weight.numel(),
+    }
+    (run_dir / "environment.json").write_text(json.dumps(environment, indent=1))
+    _say(
+        f"{engine.num_parameters:,} core parameters, {engine.table.weight.numel():,} in the unit table, {world_size} ranks"
+    )
+
+
+def _say(message: str) -> None:
+    if dist.get_rank() == 0:
+        print(message, flush=True)
+
+
+def _digest(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def batch_tokens(batch: dict[str, Tensor]) -> int:
+    """Visible tokens and asked tokens of a batch."""
+    return int(batch["input_mask"].sum() + batch["label_mask"].any(-1).sum())

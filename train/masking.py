@@ -1,0 +1,133 @@
+"""Tasks as masks: which tokens of a window are visible, and which are asked for.
+
+In: the tokens of one window (modality, source, time), a task family, the sample's own chance. Out: two boolean arrays.
+Co-smoothing and forecasting see activity alone; decoding too; encoding sees stimulus and behaviour.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from prep.settings import ACTIVITY, MODALITIES, Modality
+from train.config import Family
+
+Bools = npt.NDArray[np.bool_]
+
+SPIKES, TRACES, BEHAVIOR, STIMULUS = range(len(MODALITIES))
+HIDDEN_UNITS = (0.1, 0.5)  # share of units hidden in co-smoothing
+FORECAST_FROM = (0.4, 0.8)  # the cut, as a share of the window
+INPAINT_SHARE = 0.3
+INPAINT_BLOCK_S = 0.3
+STIMULUS_DROP = 0.3  # how often encoding is trained on behaviour alone
+
+
+@dataclass(frozen=True)
+class TokenTable:
+    """The tokens of one window, n in all; stimulus frames are apart, they are never asked for."""
+
+    modality: npt.NDArray[np.int64]  # (n,) index into MODALITIES
+    source: npt.NDArray[np.int64]  # (n,)
+    start_s: npt.NDArray[np.float64]  # (n,) from the window's start
+    stop_s: npt.NDArray[np.float64]  # (n,)
+
+
+@dataclass(frozen=True)
+class Mask:
+    """What is visible and what is asked; tokens in neither are not used."""
+
+    visible: Bools  # (n,)
+    asked: Bools  # (n,)
+    frames: bool  # is the stimulus visible
+
+
+@dataclass(frozen=True)
+class Task:
+    """What is asked of the model in evaluation: (asked modality, family, visible modalities)."""
+
+    modality: Modality
+    family: Family
+    visible: tuple[Modality, ...]
+
+
+TASKS = (
+    Task("spikes", "encoding", ("behavior", "stimulus")),
+    Task("spikes", "encoding", ("behavior",)),
+    Task("spikes", "encoding", ("stimulus",)),
+    Task("spikes", "co_smoothing", ("spikes",)),
+    Task("spikes", "forecasting", ("spikes",)),
+    Task("traces", "encoding", ("behavior", "stimulus")),
+    Task("traces", "encoding", ("behavior",)),
+    Task("traces", "encoding", ("stimulus",)),
+    Task("traces", "co_smoothing", ("traces",)),
+    Task("traces", "forecasting", ("traces",)),
+    Task("behavior", "decoding", ("spikes",)),
+    Task("behavior", "decoding", ("traces",)),
+)
+
+
+def draw_mask(family: Family, tokens: TokenTable, context_s: float, chance: np.random.Generator) -> Mask:
+    """The mask of one training sample."""
+    activity = is_activity(tokens)
+    if family == "co_smoothing":
+        units = np.unique(tokens.source[activity])
+        share = chance.uniform(*HIDDEN_UNITS)
+        hidden = chance.permutation(units)[: max(1, round(share * len(units)))]
+        return co_smoothing(tokens, hidden)
+    if family == "forecasting":
+        return forecasting(tokens, context_s * chance.uniform(*FORECAST_FROM))
+    if family == "encoding":
+        return encoding(tokens, behavior=True, stimulus=bool(chance.random() >= STIMULUS_DROP))
+    if family == "decoding":
+        return Mask(activity, tokens.modality == BEHAVIOR, frames=False)
+    asked = inpainting_blocks(tokens, context_s, chance)
+    return Mask(~asked, asked, frames=True)
+
+
+def is_activity(tokens: TokenTable) -> Bools:
+    """Tokens of units (n,)."""
+    activity: Bools = np.isin(tokens.modality, [MODALITIES.index(name) for name in ACTIVITY])
+    return activity
+
+
+def co_smoothing(tokens: TokenTable, hidden_sources: npt.NDArray[np.int64]) -> Mask:
+    """Hide whole units; the other units' activity alone is visible."""
+    hidden = np.isin(tokens.source, hidden_sources) & is_activity(tokens)
+    return Mask(is_activity(tokens) & ~hidden, hidden, frames=False)
+
+
+def forecasting(tokens: TokenTable, cut_s: float) -> Mask:
+    """Hide activity from the cut on; a token that crosses it is neither visible nor asked."""
+    activity = is_activity(tokens)
+    return Mask(activity & (tokens.stop_s <= cut_s + 1e-9), activity & (tokens.start_s >= cut_s - 1e-9), frames=False)
+
+
+def encoding(tokens: TokenTable, *, behavior: bool, stimulus: bool) -> Mask:
+    """Hide all activity."""
+    return Mask((tokens.modality == BEHAVIOR) & behavior, is_activity(tokens), frames=stimulus)
+
+
+def inpainting_blocks(tokens: TokenTable, context_s: float, chance: np.random.Generator) -> Bools:
+    """Hide blocks of time, drawn for each source apart."""
+    if not len(tokens.source):
+        return np.zeros(0, np.bool_)
+    num_blocks = max(1, round(context_s / INPAINT_BLOCK_S))
+    hidden = chance.random((int(tokens.source.max()) + 1, num_blocks)) < INPAINT_SHARE
+    block = np.clip((tokens.start_s / context_s * num_blocks).astype(np.int64), 0, num_blocks - 1)
+    asked: Bools = hidden[tokens.source, block]
+    return asked
+
+
+def task_mask(task: Task, tokens: TokenTable, context_s: float) -> Mask:
+    """The fixed mask of an evaluation task: every fifth unit in co-smoothing, the second half in forecasting."""
+    if task.family == "co_smoothing":
+        units = np.unique(tokens.source[is_activity(tokens)])
+        mask = co_smoothing(tokens, units[::5])
+    elif task.family == "forecasting":
+        mask = forecasting(tokens, context_s / 2)
+    elif task.family == "encoding":
+        mask = encoding(tokens, behavior="behavior" in task.visible, stimulus="stimulus" in task.visible)
+    else:
+        mask = Mask(is_activity(tokens), tokens.modality == BEHAVIOR, frames=False)
+    visible = np.isin(tokens.modality, [MODALITIES.index(name) for name in task.visible])
+    return Mask(mask.visible & visible, mask.asked & (tokens.modality == MODALITIES.index(task.modality)), mask.frames)

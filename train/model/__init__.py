@@ -1,0 +1,1 @@
+"""The model, copied verbatim into every hub folder."""

@@ -1,0 +1,89 @@
+"""The configuration of Brainloom.
+
+In: keyword arguments or a `config.json`. Out: BrainloomConfig, from which the model is built without further input.
+"""
+
+from typing import Any
+
+from transformers import PretrainedConfig
+
+MODALITIES = ("spikes", "traces", "behavior", "stimulus")
+
+
+class BrainloomConfig(PretrainedConfig):
+    """Shapes and constants of one Brainloom model.
+
+    Args:
+        hidden_size: width D of tokens, latents and queries.
+        num_hidden_layers: layers of the trunk.
+        num_attention_heads: heads H of every attention.
+        intermediate_size: inner width of the SwiGLU blocks.
+        num_decoder_layers: cross-attention layers from queries to latents.
+        unit_embed_size: width E of a row of the unit table.
+        num_unit_features: length of a unit's measured features.
+        samples_per_token: the most samples P that one token holds.
+        image_size: (height, width) to which stimulus frames are resampled.
+        patch_size: side of a square image patch in pixels.
+        context_s: length of a window in seconds.
+        latent_hz: steps of the latent grid per second.
+        latents_per_step: latents at each step.
+        rope_min_period_s, rope_max_period_s: range of the rotary periods in seconds.
+        modality_weights: weight of each modality's nats per observed value in the loss.
+        log_rate_limit: largest |log rate - log null rate| of a count.
+    """
+
+    model_type = "brainloom"
+
+    def __init__(
+        self,
+        hidden_size: int = 128,
+        num_hidden_layers: int = 4,
+        num_attention_heads: int = 4,
+        intermediate_size: int = 344,
+        num_decoder_layers: int = 1,
+        unit_embed_size: int = 64,
+        num_unit_features: int = 8,
+        samples_per_token: int = 16,
+        image_size: tuple[int, int] = (24, 24),
+        patch_size: int = 6,
+        context_s: float = 2.0,
+        latent_hz: float = 10.0,
+        latents_per_step: int = 4,
+        rope_min_period_s: float = 0.1,
+        rope_max_period_s: float = 60.0,
+        modality_weights: dict[str, float] | None = None,
+        log_rate_limit: float = 6.0,
+        rms_norm_eps: float = 1e-6,
+        initializer_range: float = 0.02,
+        **kwargs: Any,
+    ) -> None:
+        if hidden_size % (2 * num_attention_heads):
+            raise ValueError(
+                f"hidden_size {hidden_size} must be a multiple of 2 x num_attention_heads ({num_attention_heads}): "
+                "rotary positions turn pairs of channels."
+            )
+        if any(side % patch_size for side in image_size):
+            raise ValueError(f"image_size {tuple(image_size)} must be a multiple of patch_size {patch_size}.")
+        self.hidden_size = hidden_size
+        self.num_hidden_layers = num_hidden_layers
+        self.num_attention_heads = num_attention_heads
+        self.intermediate_size = intermediate_size
+        self.num_decoder_layers = num_decoder_layers
+        self.unit_embed_size = unit_embed_size
+        self.num_unit_features = num_unit_features
+        self.samples_per_token = samples_per_token
+        self.image_size = list(image_size)
+        self.patch_size = patch_size
+        self.context_s = context_s
+        self.latent_hz = latent_hz
+        self.latents_per_step = latents_per_step
+        self.rope_min_period_s = rope_min_period_s
+        self.rope_max_period_s = rope_max_period_s
+        self.modality_weights = modality_weights or {"spikes": 5.0, "traces": 1.0, "behavior": 1.0}
+        self.log_rate_limit = log_rate_limit
+        self.rms_norm_eps = rms_norm_eps
+        self.initializer_range = initializer_range
+        super().__init__(**kwargs)
+
+
+BrainloomConfig.register_for_auto_class()

@@ -1,0 +1,188 @@
+"""From raw arrays and unit keys to the model's inputs, and from its predictions back to physical units.
+
+In: streams of tokens as they were recorded, the keys of their sources, what is visible and what is asked.
+Out: the keyword arguments of BrainloomForPreTraining. Needs nothing but the hub folder.
+
+Shape suffixes: K token times, S sources, P samples per token, n tokens, F frames.
+"""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import FeatureExtractionMixin
+from transformers.utils import cached_file
+
+from .configuration_brainloom import MODALITIES
+
+Array = npt.NDArray[Any]
+STANDARD_LIMIT = 20.0  # standard deviations; what lies beyond is an artefact
+PIXEL_MEAN, PIXEL_SCALE = 127.5, 64.0
+UNITS_FILE, KEYS_FILE = "units.safetensors", "unit_keys.json"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stream:
+    """Tokens of sources that share a clock.
+
+    Attributes:
+        keys: the S sources: a unit's `unit_key`, a behaviour channel's `dataset/channel`.
+        modality: spikes, traces or behavior.
+        values: as recorded (K, S, P): counts per 20 ms bin, or samples in their physical unit; NaN = missing.
+        start_s: when each token starts (K,), seconds from the window's start.
+        sample_s: seconds between two samples of a token.
+        visible: which tokens the model may see (K, S), bool.
+        asked: which tokens it shall predict (K, S), bool.
+        offset_s: each source's own delay (S,), for instance its scan phase.
+    """
+
+    keys: list[str]
+    modality: str
+    values: Array
+    start_s: Array
+    sample_s: float
+    visible: Array
+    asked: Array
+    offset_s: Array | None = None
+
+
+class BrainloomProcessor(FeatureExtractionMixin):
+    """Knows, for every source of the training data, its row, features, mean and scale."""
+
+    model_input_names = ["input_values"]
+
+    def __init__(self, samples_per_token: int = 16, image_size: tuple[int, int] = (24, 24), **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.samples_per_token = samples_per_token
+        self.image_size = list(image_size)
+        self.unit_keys: list[str] = []
+        self.units: dict[str, Tensor] = {}
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **kwargs: Any) -> "BrainloomProcessor":  # type: ignore[override]
+        """Load from a hub folder or repository, the unit table included."""
+        processor: BrainloomProcessor = super().from_pretrained(pretrained_model_name_or_path, **kwargs)
+        source = str(pretrained_model_name_or_path)
+        known = {key: kwargs[key] for key in ("cache_dir", "revision", "token", "local_files_only") if key in kwargs}
+        units, keys = (cached_file(source, name, **known) for name in (UNITS_FILE, KEYS_FILE))
+        return processor.with_units(json.loads(Path(keys).read_text()), load_file(units))
+
+    def with_units(self, keys: list[str], units: dict[str, Tensor]) -> "BrainloomProcessor":
+        """Set the table: `weight` (R, E), `features` (R, U), `mean`, `scale` and `modality` (R,)."""
+        self.unit_keys, self.units = keys, units
+        return self
+
+    def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> list[str]:  # type: ignore[override]
+        """Write the configuration and the unit table."""
+        written: list[str] = super().save_pretrained(save_directory, **kwargs)
+        save_file(self.units, Path(save_directory) / UNITS_FILE)
+        (Path(save_directory) / KEYS_FILE).write_text(json.dumps(self.unit_keys))
+        return written
+
+    def to_dict(self) -> dict[str, Any]:
+        """The configuration; the unit table has files of its own."""
+        content: dict[str, Any] = super().to_dict()
+        return {key: value for key, value in content.items() if key not in ("unit_keys", "units")}
+
+    def rows(self, keys: list[str]) -> Tensor:
+        """Rows of the table (S,); an unknown key is an error that names it."""
+        place = {key: row for row, key in enumerate(self.unit_keys)}
+        unknown = [key for key in keys if key not in place]
+        if unknown:
+            raise KeyError(
+                f"{len(unknown)} of {len(keys)} sources are not in this model's unit table (first: {unknown[0]!r}). "
+                f"It knows {len(place)}, for instance {self.unit_keys[:1]}."
+            )
+        return torch.tensor([place[key] for key in keys], dtype=torch.int64)
+
+    def __call__(
+        self, streams: list[Stream], frames: Array | None = None, frame_time_s: Array | None = None
+    ) -> dict[str, Tensor]:
+        """Inputs of one window, batch size 1.
+
+        Args:
+            streams: what was recorded.
+            frames: stimulus that is visible (F, H, W), uint8 grey, at the model's image size.
+            frame_time_s: when each frame came on (F,).
+        """
+        rows = self.rows([key for stream in streams for key in stream.keys])
+        first = np.cumsum([0, *(len(stream.keys) for stream in streams)])
+        parts = [self._tokens(stream, int(begin), rows) for stream, begin in zip(streams, first[:-1], strict=True)]
+        token = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+        visible, asked = np.flatnonzero(token["visible"]), np.flatnonzero(token["asked"])
+        modality = torch.tensor([MODALITIES.index(s.modality) for s in streams for _ in s.keys])
+        mean = self.units["mean"][rows]
+        shown = np.zeros((0, *self.image_size), np.float32) if frames is None else standard_pixels(frames)
+        times = np.zeros(0) if frame_time_s is None else frame_time_s
+        inputs = {
+            "unit_embeds": self.units["weight"][rows],
+            "unit_features": self.units["features"][rows],
+            "source_modality": modality,
+            "source_null": torch.where(modality == 0, mean, torch.ones_like(mean)),
+            "input_values": token["standard"][visible],
+            "input_observed": token["observed"][visible],
+            "input_source": token["source"][visible],
+            "input_time_s": token["middle_s"][visible],
+            "input_sample_s": token["sample_s"][visible],
+            "input_mask": np.ones(len(visible), bool),
+            "pixels": shown,
+            "frame_time_s": times.astype(np.float32),
+            "frame_mask": np.ones(len(shown), bool),
+            "query_source": token["source"][asked],
+            "query_time_s": token["middle_s"][asked],
+            "query_sample_s": token["sample_s"][asked],
+            "labels": token["labels"][asked],
+            "label_mask": token["observed"][asked],
+        }
+        return {name: torch.as_tensor(value)[None] for name, value in inputs.items()}
+
+    def _tokens(self, stream: Stream, first: int, rows: Tensor) -> dict[str, Array]:
+        num_times, num_sources, num_samples = stream.values.shape
+        own = rows[first : first + num_sources]
+        values = np.full((num_times * num_sources, self.samples_per_token), np.nan, np.float32)
+        values[:, :num_samples] = stream.values.reshape(-1, num_samples)
+        mean, scale = (np.tile(self.units[name][own].numpy(), num_times) for name in ("mean", "scale"))
+        standard = standardise(values, mean, scale)
+        offset_s = np.zeros(num_sources) if stream.offset_s is None else stream.offset_s
+        start_s = np.repeat(stream.start_s, num_sources) + np.tile(offset_s, num_times)
+        return {
+            "source": np.tile(np.arange(first, first + num_sources), num_times),
+            "middle_s": middle(start_s, num_samples * stream.sample_s),
+            "sample_s": np.full(len(values), stream.sample_s, np.float32),
+            "standard": standard,
+            "labels": values if stream.modality == "spikes" else standard,
+            "observed": ~np.isnan(values),
+            "visible": stream.visible.reshape(-1),
+            "asked": stream.asked.reshape(-1),
+        }
+
+    def physical(self, predictions: Tensor, query_source: Tensor, keys: list[str]) -> Tensor:
+        """Predictions (1, Q, P) in the units of the recording; `keys` are the sources of all streams in order."""
+        rows = self.rows(keys)[query_source]
+        mean, scale, modality = (self.units[name][rows][..., None] for name in ("mean", "scale", "modality"))
+        return torch.where(modality == 0, predictions, predictions * scale + mean)
+
+
+def standardise(values: Array, mean: Array, scale: Array) -> npt.NDArray[np.float32]:
+    """Values (n, P) by the train split's mean and scale (n,), limited; NaN stays NaN."""
+    standard = (values - mean[:, None]) / scale[:, None]
+    return np.clip(standard, -STANDARD_LIMIT, STANDARD_LIMIT).astype(np.float32)
+
+
+def middle(start_s: Array, duration_s: Array | float) -> npt.NDArray[np.float32]:
+    """Middle of each token (n,): where it stands on the rotary clock."""
+    return (start_s + np.asarray(duration_s) / 2).astype(np.float32)
+
+
+def standard_pixels(frames: Array) -> npt.NDArray[np.float32]:
+    """Grey frames (F, H, W) around zero with a spread of about one."""
+    return ((frames.astype(np.float32) - PIXEL_MEAN) / PIXEL_SCALE).astype(np.float32)
+
+
+BrainloomProcessor.register_for_auto_class("AutoFeatureExtractor")

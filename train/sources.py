@@ -1,0 +1,56 @@
+"""Sources of a store: which row of the unit table belongs to which unit or behaviour channel.
+
+In: the catalog. Out: row numbers by session, and the stable key of every row.
+A unit's key is its unit_key; a channel's is dataset/channel, shared by the sessions of the dataset.
+"""
+
+from functools import cached_property
+
+import numpy as np
+import numpy.typing as npt
+
+from prep.store import Store
+
+
+def stream_channels(entry: dict[str, object], stream: dict[str, object]) -> list[str]:
+    """Keys of a behaviour stream's channels."""
+    return [f"{entry['dataset_id']}/{channel}" for channel in stream["channels"]]  # type: ignore[attr-defined]
+
+
+class SourceTable:
+    """Rows of the unit table for one store: units session by session, then channels."""
+
+    def __init__(self, store: Store) -> None:
+        self._store = store
+        counts = [int(entry["num_units"]) for entry in store.entries]
+        self.first_row = np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
+        channels = sorted(
+            {
+                key
+                for entry in store.entries
+                for stream in entry["streams"]
+                if stream["modality"] == "behavior"
+                for key in stream_channels(entry, stream)
+            }
+        )
+        self._channel_row = {key: int(self.first_row[-1]) + i for i, key in enumerate(channels)}
+
+    def __len__(self) -> int:
+        return int(self.first_row[-1]) + len(self._channel_row)
+
+    def unit_rows(self, session: int, first_unit: int, num_units: int) -> npt.NDArray[np.int64]:
+        """Rows of units [first_unit, first_unit + num_units) of a session."""
+        return np.arange(num_units, dtype=np.int64) + self.first_row[session] + first_unit
+
+    def channel_rows(self, entry: dict[str, object], stream: dict[str, object]) -> npt.NDArray[np.int64]:
+        """Rows of a behaviour stream's channels."""
+        return np.array([self._channel_row[key] for key in stream_channels(entry, stream)], np.int64)
+
+    @cached_property
+    def keys(self) -> list[str]:
+        """The key of every row; opens every session."""
+        keys: list[str] = []
+        for index, entry in enumerate(self._store.entries):
+            if entry["num_units"]:
+                keys += self._store.session(index).text("units/unit_key")
+        return keys + list(self._channel_row)

@@ -1,0 +1,57 @@
+"""`python -m train train`: prepare the run folder, then start the ranks of the hostfile.
+
+In: a run's YAML, a store, a hostfile. Out: runs/<name>/ with the resolved configuration, and the launcher's exit code.
+"""
+
+import argparse
+import json
+import os
+import sys
+from pathlib import Path
+
+from prep.settings import ConfigError
+from prep.store import Store
+from train import config, hostfile, launch
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    """Arguments of the command."""
+    parser.add_argument(
+        "--config", type=Path, required=True, help="the run's YAML, for instance train/configs/debug.yaml"
+    )
+    parser.add_argument("--store", type=Path, required=True, help="token store, made by `make prep`")
+    parser.add_argument("--out", type=Path, required=True, help="run folder; a run that is there goes on")
+    parser.add_argument("--hostfile", type=Path, required=True, help="made by `make hostfile`")
+    parser.add_argument("--resume", choices=["auto", "must", "never"], default="auto")
+    parser.add_argument("--dry-run", action="store_true", help="print what would run where, and stop")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="for instance train.num_steps=100")
+
+
+def main(args: argparse.Namespace) -> int:
+    """Check everything that can be checked before a rank is started, then launch."""
+    hosts = hostfile.read(args.hostfile)
+    run = config.load(args.config, args.overrides)
+    config.deepspeed_config(run, sum(host.slots for host in hosts))
+    store = Store(args.store)
+    if not store.entries:
+        raise ConfigError(f"{args.store} holds no session. Ingest recordings first: make prep SRC=… OUT={args.store}")
+    command = [sys.executable, "-m", "train", "worker", "--out", str(args.out.resolve()), "--resume", args.resume]
+    if args.dry_run:
+        print(launch.plan(hosts, command, args.out / "logs", os.environ))
+        return 0
+    prepare(run, store, args.out)
+    return launch.launch(hosts, command, args.out / "logs", os.environ)
+
+
+def prepare(run: config.RunConfig, store: Store, out: Path) -> None:
+    """Write the resolved configuration; a run that is there may go on longer, but not become another model."""
+    out.mkdir(parents=True, exist_ok=True)
+    path = out / "config.yaml"
+    if path.exists() and any((out / "checkpoints").glob("step-*")):
+        before = config.load(path)
+        if (before.model, before.data.context_s) != (run.model, run.data.context_s):
+            raise ConfigError(
+                f"{out} holds a run of another model ({before.model}). Give another OUT, or the same model."
+            )
+    run.save(path)
+    (out / "run.json").write_text(json.dumps({"store": str(store.root.resolve())}, indent=1))
