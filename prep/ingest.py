@@ -6,9 +6,11 @@ In: NWB files or folders, a recipe, a store. Out: sealed sessions, catalog.json,
 import argparse
 import contextlib
 import logging
+import math
 import signal
 import sys
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -17,109 +19,97 @@ from typing import Any
 
 import dask
 from dask.system import CPU_COUNT
-from distributed import Client, Future, LocalCluster, as_completed
+from distributed import Client, Future, KilledWorker, LocalCluster, as_completed
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 import prep.catalog
-from prep.catalog import Sealed, Source, sealed_sessions
+from prep.catalog import Source, sealed_sessions
 from prep.files import InputFile, find_files
 from prep.ingest_report import Outcome, print_table, write_failures
-from prep.plan import PlannedStimulus, PrepError, SessionPlan
+from prep.plan import PlannedStimulus, SessionPlan
 from prep.runs import check_is_store, run_of_its_own, tidy
-from prep.store import StoreError, manifest_path
+from prep.store import StoreError, locked, manifest_path
+from prep.tasks import Failed, Planned, Planner, finish_task, guarded, one_line, plan_from_nwb, plan_task, shard_task
 from prep.write_session import (
     Target,
-    check,
-    finish_session,
     finish_stimulus,
-    is_current,
     num_stimulus_shards,
     renamed,
     session_folder,
-    source_of,
     stimulus_folder,
     write_stimulus_shard,
-    write_stream_shard,
 )
 
 MAX_WORKERS = 8
 CONNECT_S = 20
 INTERRUPTED = 130  # what a shell expects of a program that SIGINT stopped
-SHARD_FIRST = 10  # sessions in hand go before files that are not planned yet
-
-Planner = Callable[[Path, Any, str], SessionPlan]
+LANES_S = 2.0  # how often the number of workers is asked for: clusters grow and shrink
 
 
-@dataclass(frozen=True)
-class Failed:
-    """A task's error, as data: it crosses processes whatever the exception was."""
+# ---------------------------------------------------------------- tasks in flight
+
+
+@dataclass(eq=False)
+class Task:
+    """One call for a worker; arguments that are Tasks stand for their results."""
 
     where: str
-    error: str
+    on_done: Callable[[Any], None]  # gets the result, or a Failed
+    function: Callable[..., Any]
+    args: tuple[Any, ...]
+    future: Future | None = None
+    is_second_try: bool = False
+    is_dropped: bool = False
 
 
-@dataclass(frozen=True)
-class Planned:
-    """What a plan task found: a plan to carry out, or a session that is there already."""
+class Flow:
+    """Keeps as many tasks in flight as there are worker threads, those of sessions in hand first.
 
-    source: Source
-    plan: SessionPlan | None = None
-    sealed: Sealed | None = None
-    seconds: float = 0.0
+    Dask itself would hand out all tasks at once, and blame all those of a worker that dies for its death.
+    """
 
+    def __init__(self, client: Client) -> None:
+        self.client = client
+        self.urgent: deque[Task] = deque()
+        self.later: deque[Task] = deque()
+        self.flying: dict[Future, Task] = {}
+        self.landed = as_completed()
+        self.lanes, self.asked = 1, -math.inf
 
-# ---------------------------------------------------------------- tasks (run by workers)
+    def run(self, show: Callable[[], None]) -> None:
+        """Work until nothing is left, which tasks may add to when they are done."""
+        while self._launch():
+            future = next(self.landed)
+            if future.status in ("lost", "pending"):  # its result died with its worker: it is being computed again
+                self.landed.add(future)
+                continue
+            task = self.flying.pop(future)
+            if future.status == "error" and not task.is_second_try:  # it may only have been beside the one to blame
+                task.is_second_try = True
+                self.urgent.appendleft(task)
+            elif not task.is_dropped:
+                task.on_done(self._result(future, task.where))
+            show()
 
+    def _launch(self) -> bool:
+        if time.monotonic() - self.asked > LANES_S:
+            self.lanes, self.asked = max(1, sum(self.client.nthreads().values())), time.monotonic()
+        while len(self.flying) < self.lanes and (self.urgent or self.later):
+            task = (self.urgent or self.later).popleft()
+            if not task.is_dropped:
+                args = [arg.future if isinstance(arg, Task) else arg for arg in task.args]
+                task.future = self.client.submit(guarded, task.where, task.function, *args, pure=False)
+                self.flying[task.future] = task
+                self.landed.add(task.future)
+        return bool(self.flying)
 
-def guarded(where: str, function: Callable[..., Any], *args: Any) -> Any:
-    """Run a task; its error comes back as one line that names the object."""
-    try:
-        return function(*args)
-    except Exception as error:
-        return Failed(where, one_line(error))
-
-
-def one_line(error: BaseException) -> str:
-    """An error as one line; ours are written for people, others need their type."""
-    text = " ".join(str(error).split())
-    return (
-        text if isinstance(error, PrepError | StoreError) and text else f"{type(error).__name__}: {text}".rstrip(": ")
-    )
-
-
-def plan_from_nwb(path: Path, recipe: Any, dataset_id: str) -> SessionPlan:
-    """The planner of real files."""
-    from prep.nwb.session import plan_session  # pynwb takes a second to import: only workers that plan need it
-
-    return plan_session(path, recipe, dataset_id)
-
-
-def plan_task(
-    planner: Planner, path: Path, recipe: Any, recipe_digest: str, dataset_id: str, sealed: Sequence[Sealed]
-) -> Planned:
-    """Read what is in a file, unless this very content was ingested with this very recipe."""
-    started = time.monotonic()
-    source = source_of(path)
-    for session in sealed:
-        if is_current(session, source, dataset_id, recipe_digest):
-            return Planned(source, sealed=session)
-    plan = planner(path, recipe, dataset_id)
-    check(plan)
-    return Planned(source, plan=plan, seconds=time.monotonic() - started)
-
-
-def shard_task(planned: Planned, target: Target, stream: int, shard: int) -> None:
-    """Write one whole shard of a stream."""
-    assert planned.plan is not None
-    write_stream_shard(target, planned.plan.streams[stream], shard)
-
-
-def finish_task(planned: Planned, target: Target, session_id: str) -> dict[str, Any]:
-    """Finish a session under the id that it was given."""
-    assert planned.plan is not None
-    is_same = session_id == planned.plan.session_id
-    return finish_session(planned.plan if is_same else renamed(planned.plan, planned.source), target)
+    def _result(self, future: Future, where: str) -> Any:
+        if future.status == "finished":
+            return future.result()
+        if isinstance(future.exception(), KilledWorker):
+            return Failed(where, "worker processes died of it, perhaps for want of memory; try fewer --workers.")
+        return Failed(where, one_line(future.exception()))
 
 
 # ---------------------------------------------------------------- the state of one run
@@ -133,11 +123,11 @@ class Job:
     file: InputFile
     outcome: Outcome
     started: float = 0.0
-    future: Future | None = None  # of the Planned: shards take it as input, so a plan crosses the wire once
+    planning: Task | None = None  # shards take its result as input, so a plan crosses the wire once
     header: Planned | None = None
     target: Target | None = None
     session_id: str = ""
-    pending: set[Future] = field(default_factory=set)
+    pending: set[Task] = field(default_factory=set)
     stimuli: set[str] = field(default_factory=set)  # not sealed yet
     is_finishing: bool = False
 
@@ -151,7 +141,7 @@ class StimulusJob:
     """Pixels on their way into the store, for every session that shows them."""
 
     stimulus: PlannedStimulus
-    pending: set[Future] = field(default_factory=set)
+    pending: set[Task] = field(default_factory=set)
     failed: Failed | None = None
 
 
@@ -159,9 +149,8 @@ class Run:
     """One ingest: hands tasks to the cluster, and advances each session when its tasks come back."""
 
     def __init__(self, client: Client, root: Path, run: str, recipe_digest: str, is_dry: bool) -> None:
-        self.client, self.root, self.run, self.recipe_digest, self.is_dry = client, root, run, recipe_digest, is_dry
-        self.queue = as_completed()
-        self.on_done: dict[Future, tuple[str, Callable[[Any], None]]] = {}
+        self.root, self.run, self.recipe_digest, self.is_dry = root, run, recipe_digest, is_dry
+        self.flow = Flow(client)
         self.jobs: list[Job] = []
         self.next_to_name = 0
         self.claimed: dict[str, tuple[str, str]] = {}  # folder -> (file name, sha256)
@@ -169,13 +158,11 @@ class Run:
         self.sealed = [] if is_dry and not root.is_dir() else sealed_sessions(root)
         self.owner = {sealed.folder: sealed for sealed in self.sealed}
 
-    def submit(self, on_done: Callable[[Any], None], where: str, function: Callable[..., Any], *args: Any) -> Future:
-        """Submit a guarded task; `on_done` gets its result, or a Failed."""
-        priority = 0 if function is plan_task else SHARD_FIRST
-        future = self.client.submit(guarded, where, function, *args, pure=False, priority=priority)
-        self.on_done[future] = where, on_done
-        self.queue.add(future)
-        return future
+    def submit(self, on_done: Callable[[Any], None], where: str, function: Callable[..., Any], *args: Any) -> Task:
+        """Queue a task; `on_done` gets its result, or a Failed."""
+        task = Task(where, on_done, function, args)
+        (self.flow.later if function is plan_task else self.flow.urgent).append(task)
+        return task
 
     def start(self, files: Sequence[InputFile], planner: Planner, recipe: Any) -> None:
         """Submit the planning of every file."""
@@ -184,21 +171,7 @@ class Run:
             self.jobs.append(job)
             mine = [s for s in self.sealed if any(source.file == file.path.name for source in s.sources)]
             args = (planner, file.path, recipe, self.recipe_digest, file.dataset_id, mine)
-            job.future = self.submit(partial(self._planned, job), "", plan_task, *args)
-
-    def drive(self, show: Callable[["Run"], None]) -> None:
-        """Advance until every task has come back."""
-        for future in self.queue:
-            where, on_done = self.on_done.pop(future)
-            on_done(self._result(future, where))
-            show(self)
-
-    def _result(self, future: Future, where: str) -> Any:
-        if future.status == "finished":
-            return future.result()
-        if future.status == "cancelled":
-            return Failed(where, "cancelled")
-        return Failed(where, f"a worker was lost, perhaps for want of memory ({one_line(future.exception())})")
+            job.planning = self.submit(partial(self._planned, job), "", plan_task, *args)
 
     def _planned(self, job: Job, result: Planned | Failed) -> None:
         if isinstance(result, Failed):
@@ -261,11 +234,11 @@ class Run:
 
     def _submit_shard(self, job: Job, where: str, stream: int, shard: int) -> None:
         def done(result: Failed | None) -> None:
-            job.pending.discard(future)
+            job.pending.discard(task)
             self._fail(job, result) if isinstance(result, Failed) else self._advance(job)
 
-        future = self.submit(done, where, shard_task, job.future, job.target, stream, shard)
-        job.pending.add(future)
+        task = self.submit(done, where, shard_task, job.planning, job.target, stream, shard)
+        job.pending.add(task)
 
     def _advance(self, job: Job) -> None:
         if job.pending or job.stimuli or job.is_over or job.is_finishing:
@@ -278,7 +251,7 @@ class Run:
             else:
                 self._end(job, "ok", f"as {job.target.folder}" if job.target else "")
 
-        self.submit(done, "finish", finish_task, job.future, job.target, job.session_id)
+        self.submit(done, "finish", finish_task, job.planning, job.target, job.session_id)
 
     # ------------------------------------------------------------ stimuli
 
@@ -298,7 +271,7 @@ class Run:
 
     def _submit_frames(self, shared: StimulusJob, shard: int) -> None:
         def done(result: Failed | None) -> None:
-            shared.pending.discard(future)
+            shared.pending.discard(task)
             if isinstance(result, Failed):
                 self._stimulus_done(shared, result)
             elif not shared.pending and shared.failed is None:
@@ -306,8 +279,8 @@ class Run:
                 self.submit(partial(self._stimulus_done, shared), where, *args)
 
         where = f"stimuli/{shared.stimulus.digest}, shard {shard}"
-        future = self.submit(done, where, write_stimulus_shard, self.root, self.run, shared.stimulus, shard)
-        shared.pending.add(future)
+        task = self.submit(done, where, write_stimulus_shard, self.root, self.run, shared.stimulus, shard)
+        shared.pending.add(task)
 
     def _stimulus_done(self, shared: StimulusJob, result: Failed | None) -> None:
         shared.failed = shared.failed or result
@@ -323,13 +296,13 @@ class Run:
             return
         job.outcome.object = failed.where
         self._end(job, state, failed.error)
-        for future in job.pending:
-            future.cancel()
+        for task in job.pending:
+            task.is_dropped = True
 
     def _end(self, job: Job, state: str, reason: str) -> None:
         job.outcome.state, job.outcome.reason = state, reason
         job.outcome.seconds = time.monotonic() - job.started if job.started else 0.0
-        job.future = job.header = None  # lets the workers forget the plan
+        job.planning = job.header = None  # lets the workers forget the plan
 
 
 # ---------------------------------------------------------------- the command
@@ -355,7 +328,7 @@ def connect(scheduler: str | None, workers: int) -> Iterator[Client]:
                 n_workers=workers,
                 threads_per_worker=1,
                 processes=True,
-                dashboard_address=None,
+                dashboard_address="127.0.0.1:0",  # None is port 8787, which another ingest may hold
                 silence_logs=logging.CRITICAL,
             ) as cluster,
             Client(cluster) as client,
@@ -369,7 +342,7 @@ def run_ingest(
     recipe: Any,
     client: Client,
     *,
-    planner: Planner = plan_from_nwb,
+    planner: Planner,
     is_dry: bool = False,
 ) -> list[Outcome]:
     """Ingest `files` into the store at `root` with the workers of `client`; one outcome per file, in order."""
@@ -381,7 +354,8 @@ def run_ingest(
     (root / "failed.jsonl").unlink(missing_ok=True)
     with run_of_its_own(root) as name:
         outcomes = _drive(Run(client, root, name, recipe.digest(), False), files, planner, recipe)
-        write_failures(root, outcomes)
+        with locked(root):
+            write_failures(root, outcomes)
         prep.catalog.write(root)
     return outcomes
 
@@ -392,13 +366,13 @@ def _drive(run: Run, files: Sequence[InputFile], planner: Planner, recipe: Any) 
     with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
         bar = progress.add_task("sessions", total=len(files))
 
-        def show(state: Run) -> None:
-            waiting = sum(len(job.pending) for job in state.jobs if not job.is_over)
-            done = sum(job.is_over for job in state.jobs)
+        def show() -> None:
+            waiting = sum(len(job.pending) for job in run.jobs if not job.is_over)
+            done = sum(job.is_over for job in run.jobs)
             progress.update(bar, completed=done, description=f"sessions ({waiting} shards in hand)")
 
         run.start(files, planner, recipe)
-        run.drive(show)
+        run.flow.run(show)
     return [job.outcome for job in run.jobs]
 
 
@@ -426,11 +400,11 @@ def main(args: argparse.Namespace) -> int:
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # a batch system's stop is as clean as Ctrl-C
     try:
         with connect(args.scheduler, min(args.workers, MAX_WORKERS * len(files))) as client:
-            outcomes = run_ingest(files, args.out, recipe, client, is_dry=args.dry_run)
+            outcomes = run_ingest(files, args.out, recipe, client, planner=plan_from_nwb, is_dry=args.dry_run)
     except KeyboardInterrupt:
         print("Interrupted: what is sealed stays. Run the same command again to go on.", file=sys.stderr)
         return INTERRUPTED
     if not args.dry_run:
         tidy(args.out)
-    print_table(outcomes)
+    print_table(outcomes, "would be ingested" if args.dry_run else "are in the store")
     return 1 if any(outcome.is_failure for outcome in outcomes) else 0

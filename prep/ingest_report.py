@@ -46,8 +46,8 @@ def table_console() -> Console:
     return console if console.is_terminal else Console(highlight=False, width=PLAIN_WIDTH)
 
 
-def print_table(outcomes: Sequence[Outcome]) -> None:
-    """One row per file, then the sum."""
+def print_table(outcomes: Sequence[Outcome], verdict: str) -> None:
+    """One row per file, then how many of them came to the `verdict`."""
     table = Table("file", "state", "streams", "tokens", "seconds", "what", box=None, pad_edge=False)
     for column in table.columns[2:5]:
         column.justify = "right"
@@ -59,9 +59,7 @@ def print_table(outcomes: Sequence[Outcome]) -> None:
     console.print(table)
     failures = [row for row in outcomes if row.is_failure]
     done = len(outcomes) - len(failures)
-    console.print(
-        f"{done} of {len(outcomes)} files are in the store" + (f", {len(failures)} failed." if failures else ".")
-    )
+    console.print(f"{done} of {len(outcomes)} files {verdict}" + (f", {len(failures)} failed." if failures else "."))
 
 
 def write_failures(root: Path, outcomes: Sequence[Outcome]) -> None:

@@ -150,7 +150,8 @@ class Pass:
         is_counts = self.spec.kind == "counts"
         scale = np.maximum(std, COUNT_SCALE_FLOOR if is_counts else SCALE_FLOOR)
         mean = np.maximum(mean, MEAN_FLOOR) if is_counts else mean
-        mean, scale = np.where(seen, mean, 0.0), np.where(seen, scale, 1.0)
+        varies = seen & (is_counts | (std > 0))  # a trace that is constant here may move elsewhere: never divide by ~0
+        mean, scale = np.where(seen, mean, 0.0), np.where(varies, scale, 1.0)
         return Statistics(mean.astype(np.float32), scale.astype(np.float32), features.astype(np.float32))
 
     def _features(self, mean: Float, std: Float) -> Float:

@@ -8,8 +8,9 @@ Out: one NWB file per session, and, apart from it, the reference predictions of 
 import argparse
 import os
 from dataclasses import dataclass, replace
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any, Literal
 
 import h5py
 import numpy as np
@@ -25,12 +26,13 @@ from scipy.signal import lfilter
 from prep import ceiling
 from prep.ceiling import BIN_NS, BURN_STEPS, STEP_NS, STEP_S, Course, Floats, Imaging, Ints, Law
 
+Kind = Literal["spikes", "traces"]
+
 MOVIE_SIZE = 24
 MOVIE_HZ = 10.0
 CLIP_FRAMES = 50
 FRAME_HZ = 10.0  # of the microscope
 BEHAVIOR_HZ = {"running_speed": 60.0, "pupil_diameter": 30.0, "head_direction": 50.0}
-NUM_LATENTS = 3
 LATENT_TAUS_S = (0.3, 0.8, 2.0)
 EDGE_NS = 1_000  # spikes keep this far from the edges of a step: rounding of the clock never moves one across
 
@@ -41,7 +43,7 @@ class SessionSpec:
 
     session_id: str
     subject_id: str
-    kind: str  # "spikes" | "traces"
+    kind: Kind
     num_units: int
     duration_s: float
     start_s: float = 0.0
@@ -52,7 +54,7 @@ class SessionSpec:
     seed: int = 0
 
 
-def _spec(seed: int, name: str, kind: str, num_units: int, duration_s: float, start_s: float) -> SessionSpec:
+def _spec(seed: int, name: str, kind: Kind, num_units: int, duration_s: float, start_s: float) -> SessionSpec:
     """A spec from `subject/session` and what every session differs in."""
     subject_id, session_id = name.split("/")
     return SessionSpec(
@@ -182,13 +184,12 @@ def synthesize(spec: SessionSpec, seed: int) -> Session:
 
 def draw_movie(rng: np.random.Generator, num_frames: int) -> NDArray[np.uint8]:
     """(F, H, W) frames with 1/f amplitude in space and time, periodic, so that a loop has no seam."""
-    spectrum = np.fft.rfftn(rng.standard_normal((num_frames, MOVIE_SIZE, MOVIE_SIZE)))
+    shape = (num_frames, MOVIE_SIZE, MOVIE_SIZE)
+    spectrum = np.fft.rfftn(rng.standard_normal(shape))
     time_f, y_f, x_f = np.fft.fftfreq(num_frames), np.fft.fftfreq(MOVIE_SIZE), np.fft.rfftfreq(MOVIE_SIZE)
     radius = np.sqrt((2 * time_f[:, None, None]) ** 2 + y_f[:, None] ** 2 + x_f**2)
     radius[0, 0, 0] = np.inf
-    pixels = np.fft.irfftn(
-        spectrum / np.maximum(radius, 1 / MOVIE_SIZE) ** 1.5, s=(num_frames, MOVIE_SIZE, MOVIE_SIZE), axes=(0, 1, 2)
-    )
+    pixels = np.fft.irfftn(spectrum / np.maximum(radius, 1 / MOVIE_SIZE) ** 1.5, s=shape, axes=(0, 1, 2))
     return np.asarray(np.clip(128 + 45 * pixels / pixels.std(), 0, 255), np.uint8)
 
 
@@ -203,7 +204,7 @@ def draw_law(rng: np.random.Generator, spec: SessionSpec, movie: NDArray[np.uint
         pupil_UG=_draw_state_gain(rng, num, 0.3, 0.6),
         frame_UF=_draw_frame_response(rng, num, movie),
         delay_U=rng.integers(4, 12, num),
-        latent_UZ=rng.normal(0, 0.25, (num, NUM_LATENTS)),
+        latent_UZ=rng.normal(0, 0.25, (num, len(LATENT_TAUS_S))),
         coupling_UU=_draw_coupling(rng, mean_hz),
     )
 
@@ -291,19 +292,23 @@ def draw_behavior(rng: np.random.Generator, spec: SessionSpec) -> dict[str, Samp
 
 
 def draw_presentation(rng: np.random.Generator, spec: SessionSpec) -> Samples:
-    """The frame shown at each refresh: every clip of 5 s once per pass, in a new order each time."""
+    """The frame shown at each refresh: every clip of 5 s once per pass, in a new order each time.
+
+    It begins anywhere in a clip: the time alone then says nothing of the frame, and the stimulus averages out to one.
+    """
     times_s = device_times(spec, MOVIE_HZ, 0.5)
     num_clips = spec.num_frames // CLIP_FRAMES
-    num_passes = -(-len(times_s) // spec.num_frames)
+    begin = rng.integers(CLIP_FRAMES)
+    num_passes = -(-(begin + len(times_s)) // spec.num_frames)
     clips = np.concatenate([rng.permutation(num_clips) for _ in range(num_passes)])
     frames = (clips[:, None] * CLIP_FRAMES + np.arange(CLIP_FRAMES)).ravel()
-    return Samples(times_s=times_s, data=frames[: len(times_s)].astype(np.uint32))
+    return Samples(times_s=times_s, data=frames[begin : begin + len(times_s)].astype(np.uint32))
 
 
 def draw_course(
     rng: np.random.Generator, spec: SessionSpec, law: Law, behavior: dict[str, Samples], shown: Samples
 ) -> Course:
-    """Lay everything on steps of 10 ms and let the brain fire; Hawkes spikes are drawn generation by generation."""
+    """Lay all that is recorded on steps of 10 ms, and let the brain fire."""
     start_ns = -(-round(spec.start_s * 1e9) // BIN_NS) * BIN_NS
     num_steps = BURN_STEPS + int(spec.duration_s * 1e9) // BIN_NS * BIN_NS // STEP_NS - 2
     at_T = (np.arange(num_steps) - BURN_STEPS + 0.5) * STEP_S
@@ -317,19 +322,27 @@ def draw_course(
         speed_T=np.interp(at_T, since["running_speed"], data["running_speed"]),
         pupil_T=np.interp(at_T, since["pupil_diameter"], data["pupil_diameter"]),
         frame_T=frame_T if spec.has_stimulus else np.full(num_steps, -1),
-        latent_TZ=np.stack([_wander(rng, num_steps, np.exp(-STEP_S / tau)) for tau in LATENT_TAUS_S], 1),
+        latent_TZ=np.zeros((num_steps, len(LATENT_TAUS_S))),
         counts_TU=np.zeros((num_steps, spec.num_units), np.float32),
     )
-    generation_TU = rng.poisson(ceiling.drive(law, silent, ceiling.FACTORS)).astype(np.float32)
+    return fire(rng, law, silent)
+
+
+def fire(rng: np.random.Generator, law: Law, course: Course) -> Course:
+    """The course with a new latent and new spikes: a linear Hawkes process, drawn generation by generation."""
+    num_steps = len(course.heading_T)
+    latents = [_wander(rng, num_steps, np.exp(-STEP_S / tau_s)) for tau_s in LATENT_TAUS_S]
+    course = replace(course, latent_TZ=np.stack(latents, 1))
+    generation_TU = rng.poisson(ceiling.drive(law, course, ceiling.FACTORS)).astype(np.float32)
     counts_TU = generation_TU.copy()
     while generation_TU.any():
         generation_TU = rng.poisson(ceiling.coupled(law, generation_TU)).astype(np.float32)
         counts_TU += generation_TU
-    return replace(silent, counts_TU=counts_TU)
+    return replace(course, counts_TU=counts_TU)
 
 
 def draw_spike_times(rng: np.random.Generator, course: Course) -> list[Floats]:
-    """Sorted spike times of each unit, uniform within their step; whole seconds apart, so a far clock costs nothing."""
+    """Sorted spike times of each unit, uniform within their step; whole seconds are kept apart for far clocks."""
     counts_UT = course.counts_TU[BURN_STEPS:].T.astype(np.int64)
     second, rest_ns = divmod(course.start_ns + STEP_NS * np.arange(counts_UT.shape[1]), 1_000_000_000)
     out = []
@@ -368,7 +381,7 @@ def _nwb_file(session: Session) -> NWBFile:
     nwb = NWBFile(
         session_description="A synthetic session: not recorded from an animal.",
         identifier=f"brainloom-synthetic-{seed}-{spec.subject_id}-{spec.session_id}",
-        session_start_time=datetime(2025, 1, 1, 9, spec.seed % 60, tzinfo=timezone.utc),
+        session_start_time=datetime(2025, 1, 1, 9, spec.seed % 60, tzinfo=UTC),
         session_id=spec.session_id,
         lab="Brainloom",
         keywords=["synthetic"],
@@ -381,7 +394,7 @@ def _nwb_file(session: Session) -> NWBFile:
     if spec.has_stimulus:
         _add_movie(nwb, session.movie, session.shown)
     if isinstance(session.recorded, list):
-        _add_units(nwb, spec, session.recorded, session.course)
+        _add_units(nwb, session.recorded, session.course)
     else:
         _add_rois(nwb, session)
     _add_trials(nwb, spec, np.random.default_rng([seed, spec.seed, 1]))
@@ -389,50 +402,31 @@ def _nwb_file(session: Session) -> NWBFile:
 
 
 def _add_behavior(nwb: NWBFile, behavior: dict[str, Samples]) -> None:
-    def series(name: str, unit: str, description: str) -> TimeSeries:
-        data = behavior[name]
-        return TimeSeries(name=name, data=data.data, unit=unit, timestamps=data.times_s, description=description)
+    def series(name: str, unit: str) -> dict[str, Any]:
+        return {"name": name, "data": behavior[name].data, "unit": unit, "timestamps": behavior[name].times_s}
 
+    frame = "0 is along the long wall of the arena, counter-clockwise from above, in [0, 2 pi)."
+    heading = SpatialSeries(**series("head_direction", "radians"), reference_frame=frame)
     module = nwb.create_processing_module("behavior", "What the animal does.")
-    module.add(BehavioralTimeSeries(time_series=series("running_speed", "cm/s", "Speed on the wheel.")))
-    module.add(PupilTracking(time_series=series("pupil_diameter", "mm", "Diameter of the left pupil.")))
-    heading = behavior["head_direction"]
-    spatial = SpatialSeries(
-        name="head_direction",
-        data=heading.data,
-        unit="radians",
-        timestamps=heading.times_s,
-        reference_frame="0 is along the long wall of the arena, counter-clockwise from above, in [0, 2 pi).",
-    )
-    module.add(CompassDirection(spatial_series=spatial))
+    module.add(BehavioralTimeSeries(time_series=TimeSeries(**series("running_speed", "cm/s"))))
+    module.add(PupilTracking(time_series=TimeSeries(**series("pupil_diameter", "mm"))))
+    module.add(CompassDirection(spatial_series=heading))
 
 
 def _add_movie(nwb: NWBFile, movie: NDArray[np.uint8], shown: Samples) -> None:
     template = ImageSeries(
-        name="movie_frames",
-        data=movie,
-        unit="n.a.",
-        format="raw",
-        rate=MOVIE_HZ,
-        description="The distinct frames of the movie: frame, row, column.",
+        name="movie_frames", data=movie, unit="n.a.", format="raw", rate=MOVIE_HZ, description="Frame, row, column."
     )
     nwb.add_stimulus_template(template)
     # Files in the wild link an ImageSeries, but pynwb 4 only reads that link and refuses to make it anew: so it is
     # made the way that the reader makes it. The link is deprecated, and valid.
     index = IndexSeries.__new__(IndexSeries, in_construct_mode=True)
-    index.__init__(
-        name="movie",
-        data=shown.data,
-        unit="N/A",
-        timestamps=shown.times_s,
-        indexed_timeseries=template,
-        description="The frame on the screen from each time stamp to the next.",
-    )
+    index.__init__(name="movie", data=shown.data, unit="N/A", timestamps=shown.times_s, indexed_timeseries=template)
     index._in_construct_mode = False
     nwb.add_stimulus(index)
 
 
-def _add_units(nwb: NWBFile, spec: SessionSpec, spike_times: list[Floats], course: Course) -> None:
+def _add_units(nwb: NWBFile, spike_times: list[Floats], course: Course) -> None:
     device = nwb.create_device(name="probe", description="A synthetic silicon probe.")
     group = nwb.create_electrode_group(name="shank0", description="One shank.", location="cortex", device=device)
     for row in range(len(spike_times)):
@@ -452,22 +446,16 @@ def _add_rois(nwb: NWBFile, session: Session) -> None:
     module = nwb.create_processing_module("ophys", "Two-photon imaging.")
     dff = DfOverF()
     module.add([segmentation, dff])
-    table = segmentation.create_plane_segmentation(
-        name="PlaneSegmentation", description="The ROIs.", imaging_plane=plane
-    )
+    table = segmentation.create_plane_segmentation("The ROIs.", plane, "PlaneSegmentation")
     for row in range(num_rois):
         table.add_roi(pixel_mask=[(8 * (row % 16), 8 * (row // 16), 1.0)])
     table.add_column(
         name="scan_offset_s", description="When in a frame the beam passes the ROI, in seconds.", data=imaging.offset_U
     )
-    series = RoiResponseSeries(
-        name="dff",
-        data=traces.data,
-        unit="n.a.",
-        timestamps=traces.times_s,
-        rois=table.create_roi_table_region(region=list(range(num_rois)), description="All ROIs."),
+    region = table.create_roi_table_region(region=list(range(num_rois)), description="All ROIs.")
+    dff.add_roi_response_series(
+        RoiResponseSeries(name="dff", data=traces.data, unit="n.a.", timestamps=traces.times_s, rois=region)
     )
-    dff.add_roi_response_series(series)
 
 
 def _imaging_plane(nwb: NWBFile, device: Device) -> object:

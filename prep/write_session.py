@@ -32,6 +32,7 @@ from prep.store import (
     locked,
     manifest_files,
     manifest_path,
+    read_json,
     sanitise,
     seal,
     sha256,
@@ -207,8 +208,8 @@ def publish(
     files = manifest_files(partial)
     with locked(root):
         manifest = manifest_path(folder)
-        if kind == "stimulus" and manifest.exists() and folder.is_dir():
-            shutil.rmtree(partial)
+        if manifest.exists() and folder.is_dir() and (kind == "stimulus" or read_json(manifest)["files"] == files):
+            shutil.rmtree(partial)  # another run has sealed the same bytes: its readers are not disturbed
             return
         manifest.unlink(missing_ok=True)
         remove_folder(folder)

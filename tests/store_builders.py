@@ -4,6 +4,7 @@ In: a number, or the path of a little text file that stands for a recording. Out
 """
 
 import hashlib
+import os
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -48,11 +49,14 @@ class Values:
     slow_s: float = 0.0
     missing_shard: tuple[int, int] = (0, 0)
     broken_at: int = -1
+    deadly_at: int = -1
 
     def read(self, start: int, stop: int) -> Array:
         time.sleep(self.slow_s)
         if start <= self.broken_at < stop:
             raise OSError("the disk is on fire")
+        if start <= self.deadly_at < stop:
+            os._exit(1)  # as the kernel's out-of-memory killer would
         return self.all()[start:stop]
 
     def all(self) -> Array:
@@ -85,7 +89,7 @@ def stream(
     name: str, kind: str, modality: str, shape: tuple[int, int, int], seed: int = 1, **more: Any
 ) -> PlannedStream:
     """A stream of `shape` (K, S, P) in small shards; `more`: fields of Values, of StreamSpec, offset_ns."""
-    of_values = {key: more.pop(key) for key in ("slow_s", "missing_shard", "broken_at") if key in more}
+    of_values = {key: more.pop(key) for key in ("slow_s", "missing_shard", "broken_at", "deadly_at") if key in more}
     offset_ns = more.pop("offset_ns", None)
     duration_ns = 100_000_000
     spec = SmallShards(
@@ -173,16 +177,20 @@ def fake_planner(path: Path, recipe: Any, dataset_id: str) -> SessionPlan:
     words = dict(word.split("=", 1) for word in path.read_text().split())
     if "refuse" in words:
         raise PrepError(words["refuse"].replace("_", " "))
-    more = {key: kind(words[key]) for key, kind in (("slow_s", float), ("broken_at", int)) if key in words}
+    more = {
+        key: kind(words[key])
+        for key, kind in (("slow_s", float), ("broken_at", int), ("deadly_at", int))
+        if key in words
+    }
     return session(path, words["session"], int(words.get("seed", 1)), dataset_id, **more)
 
 
-def target(root: Path, plan: SessionPlan, run: str = "test") -> Target:
+def target(root: Path, plan: SessionPlan, recipe_digest: str = RECIPE_DIGEST) -> Target:
     """Where the store at `root` keeps a hand-built session."""
     from prep.write_session import session_folder, source_of
 
     folder = session_folder(plan.dataset_id, plan.session_id)
-    return Target(root=root, folder=folder, run=run, sources=(source_of(plan.source),), recipe_digest=RECIPE_DIGEST)
+    return Target(root=root, folder=folder, run="test", sources=(source_of(plan.source),), recipe_digest=recipe_digest)
 
 
 def build_store(root: Path, recording: Path, *session_ids: str) -> None:
@@ -203,3 +211,8 @@ def tree(root: Path) -> dict[str, str]:
         for path in sorted(root.rglob("*"))
         if path.is_file() and path.name not in (".lock", "failed.jsonl")
     }
+
+
+def read_bytes_of(root: Path) -> bytes:
+    """All bytes of a store, one file after the other."""
+    return b"".join(path.read_bytes() for path in sorted(root.rglob("*")) if path.is_file())

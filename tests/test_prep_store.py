@@ -166,7 +166,7 @@ def test_an_unknown_version_is_refused_with_the_remedy(store: Path) -> None:
 
 
 def test_a_folder_that_is_no_store_is_named(tmp_path: Path) -> None:
-    with pytest.raises(StoreError, match="catalog.json is missing. Is this a token store"):
+    with pytest.raises(StoreError, match=r"catalog\.json is missing\. Is this a token store"):
         Store(tmp_path)
 
 

@@ -4,6 +4,7 @@ In: a run's configuration and batches. Out: losses, and parameters that move.
 Weights start from (seed, name of the module) alone: the same for any number of ranks, with ZeRO or without.
 """
 
+import contextlib
 import hashlib
 import math
 from typing import Any
@@ -29,7 +30,7 @@ def model_config(config: RunConfig) -> BrainloomConfig:
 def build_model(config: RunConfig, ds_config: dict[str, Any] | None) -> BrainloomForPreTraining:
     """The model with its seeded weights; with a DeepSpeed configuration of stage 3 it is born in partitions."""
     stage3 = ds_config is not None and ds_config["zero_optimization"]["stage"] == 3
-    with deepspeed.zero.Init(config_dict_or_path=ds_config, enabled=stage3):
+    with deepspeed.zero.Init(config_dict_or_path=ds_config) if stage3 else contextlib.nullcontext():
         model = BrainloomForPreTraining(model_config(config))
     seed_weights(model, config.seed)
     return model

@@ -17,6 +17,7 @@ from prep.store import sanitise
 
 Array = npt.NDArray[Any]
 BLOCK_SAMPLES = 1_000_000
+FIRST_SAMPLES = 1_000
 EVENT_IRREGULARITY = 20.0  # long steps (95 %) over short ones (5 %): 58 for random events, near 1 for a camera
 TURN_USED = 0.9  # an angle is certain where its values fill the turn
 
@@ -77,11 +78,11 @@ def is_event_like(series: Series, is_constant: bool) -> bool:
     short, long = np.quantile(np.diff(clock.time_s), [0.05, 0.95])
     if long > EVENT_IRREGULARITY * short:
         return True
-    if series.num_columns > 1 or clock.samples_per_token > 1:
+    if series.num_columns > 1 or series.rows is not None:
         return False
-    data = series.data[()].reshape(-1).astype(np.float64)
-    values = data if series.rows is None else data[series.rows]
-    return bool(np.allclose(values * series.conversion + series.offset, clock.time_s, rtol=0, atol=1e-6))
+    values = series.data[:FIRST_SAMPLES].reshape(-1)[:FIRST_SAMPLES].astype(np.float64)
+    time_s = clock.time_s[: len(values)]
+    return bool(np.allclose(values * series.conversion + series.offset, time_s, rtol=0, atol=1e-6))
 
 
 def _angle_unit(survey: Survey, node: Node, series: Series, low: float, high: float) -> float | None:

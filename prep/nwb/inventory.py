@@ -120,6 +120,12 @@ class Survey:
         """Whether a recipe's list names this object, by path or by own name."""
         return any(item.strip("/") in (node.path, node.name) for item in patterns)
 
+    def path_of(self, item: Any) -> str:
+        """Path of an object that was reached by a link: h5py's own name is then the link's."""
+        kind = neurodata_type(item)
+        same_type = (node.path for node in self.nodes.values() if node.neurodata_type == kind)
+        return next((path for path in same_type if self.file[path] == item), str(item.name).strip("/"))
+
     def stream_name(self, node: Node) -> str:
         """A name for the object's stream, unique in the session: own name, container's name before it, digest after it.
 

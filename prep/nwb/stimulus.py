@@ -148,7 +148,7 @@ def _target(survey: Survey, group: Any) -> Node:
     for link in ("indexed_timeseries", "indexed_images"):
         target = get(group, link)
         if isinstance(target, h5py.Group):
-            path = target.name.strip("/")
+            path = survey.path_of(target)
             if path in survey.nodes:
                 return survey.nodes[path]
     raise PrepError("it points to no image series or images in this file")
@@ -193,7 +193,7 @@ def _pictures(survey: Survey, node: Node) -> tuple[str, ...]:
     order = get(survey.file, f"{node.path}/order_of_images")
     if order is None:
         raise PrepError("its Images have no order, so an index says nothing")
-    paths = tuple(survey.file[reference].name.strip("/") for reference in order[()])
+    paths = tuple(survey.path_of(survey.file[reference]) for reference in order[()])
     if not paths:
         raise PrepError("its Images container is empty")
     return paths

@@ -231,7 +231,7 @@ def read_rois(survey: Survey, node: Node) -> Rois:
     try:
         table = survey.file[region.attrs["table"]]
         ids = table["id"][()]
-        return Rois(table=table.name.strip("/"), rows=rows, ids=tuple(str(ids[row]) for row in rows))
+        return Rois(table=survey.path_of(table), rows=rows, ids=tuple(str(ids[row]) for row in rows))
     except (KeyError, ValueError, IndexError, OSError):  # a table that is missing or too short
         return Rois(table="", rows=rows, ids=tuple(str(row) for row in rows))
 

@@ -232,7 +232,7 @@ def _electrodes(survey: Survey, group: Any) -> Any:
     reference = column.attrs.get("table") if column is not None else None
     table = survey.file[reference] if reference else None
     if table is not None:
-        path = table.name.strip("/")
+        path = survey.path_of(table)
         survey.use(path, "units", "read as unit metadata")
         for name in ("id", "x", "y", "z", "location"):
             if f"{path}/{name}" in survey.nodes:

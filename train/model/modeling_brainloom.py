@@ -126,14 +126,15 @@ class BrainloomAttention(nn.Module):
         self,
         x_BQD: Tensor,
         context_BTD: Tensor,
+        value_BTD: Tensor,
         query_angles: tuple[Tensor, Tensor],
         key_angles: tuple[Tensor, Tensor],
         key_mask_BT: Tensor | None = None,
     ) -> Tensor:
-        """Queries (B, Q, D) read the context (B, T, D) where `key_mask_BT` is true."""
+        """Queries (B, Q, D) find by `context_BTD` and read `value_BTD`, both (B, T, D), where `key_mask_BT` is true."""
         q, k, v = (
             projection(source).unflatten(-1, (self.num_heads, self.head_size)).transpose(1, 2)
-            for projection, source in ((self.q_proj, x_BQD), (self.k_proj, context_BTD), (self.v_proj, context_BTD))
+            for projection, source in ((self.q_proj, x_BQD), (self.k_proj, context_BTD), (self.v_proj, value_BTD))
         )
         q = rotate(self.q_norm(q) + self.time_bias, query_angles)
         k = rotate(self.k_norm(k) + self.time_bias, key_angles)
@@ -156,13 +157,17 @@ class BrainloomLayer(nn.Module):
     def forward(self, x_BLD: Tensor, angles: tuple[Tensor, Tensor]) -> Tensor:
         """(B, L, D) to (B, L, D)."""
         normed = self.input_layernorm(x_BLD)
-        x_BLD = x_BLD + self.self_attn(normed, normed, angles, angles)
+        x_BLD = x_BLD + self.self_attn(normed, normed, normed, angles, angles)
         out: Tensor = x_BLD + self.mlp(self.post_attention_layernorm(x_BLD))
         return out
 
 
 class BrainloomCrossLayer(nn.Module):
-    """One pre-norm layer in which queries read a context; what is read is gated by who asks."""
+    """One layer in which queries read a context; what is read is normed, and gated by who asks.
+
+    A mean over many sources is small, and the smaller the more there are: without the norm on what was read, the
+    signal would drown beside the queries' own embedding.
+    """
 
     def __init__(self, config: BrainloomConfig) -> None:
         super().__init__()
@@ -170,6 +175,7 @@ class BrainloomCrossLayer(nn.Module):
         self.query_layernorm = BrainloomRMSNorm(size, eps)
         self.context_layernorm = BrainloomRMSNorm(size, eps)
         self.cross_attn = BrainloomAttention(config)
+        self.read_layernorm = BrainloomRMSNorm(size, eps)
         self.gate_proj = nn.Linear(size, size, bias=False)
         self.post_attention_layernorm = BrainloomRMSNorm(size, eps)
         self.mlp = BrainloomMLP(config)
@@ -178,15 +184,16 @@ class BrainloomCrossLayer(nn.Module):
         self,
         x_BQD: Tensor,
         context_BTD: Tensor,
+        value_BTD: Tensor,
         query_angles: tuple[Tensor, Tensor],
         key_angles: tuple[Tensor, Tensor],
         key_mask_BT: Tensor | None = None,
     ) -> Tensor:
-        """(B, Q, D) reads (B, T, D)."""
+        """(B, Q, D) reads `value_BTD` (B, T, D), found by `context_BTD`."""
         query = self.query_layernorm(x_BQD)
         context = self.context_layernorm(context_BTD)
-        read = self.cross_attn(query, context, query_angles, key_angles, key_mask_BT)
-        x_BQD = x_BQD + read * (1 + self.gate_proj(query))
+        read = self.cross_attn(query, context, value_BTD, query_angles, key_angles, key_mask_BT)
+        x_BQD = x_BQD + self.read_layernorm(read) * (1 + self.gate_proj(query))
         out: Tensor = x_BQD + self.mlp(self.post_attention_layernorm(x_BQD))
         return out
 
@@ -222,9 +229,15 @@ class BrainloomTokenEmbedding(nn.Module):
         self.gate_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
 
     def forward(
-        self, values_BNP: Tensor, observed_BNP: Tensor, identity_BND: Tensor, geometry_BN: Tensor, modality_BN: Tensor
-    ) -> Tensor:
-        """Tokens (B, N, D). Every modality's projection runs on every token: all ranks run all branches."""
+        self,
+        values_BNP: Tensor,
+        observed_BNP: Tensor,
+        identity_BSD: Tensor,
+        source_BN: Tensor,
+        geometry_BN: Tensor,
+        modality_BN: Tensor,
+    ) -> tuple[Tensor, Tensor]:
+        """Content and content with identity, both (B, N, D). Every modality's projection runs on every token: all ranks run all branches."""
         gate_BND = take_sources(1 + self.gate_proj(identity_BSD), source_BN)
         identity_BND = take_sources(identity_BSD, source_BN)
         observed = observed_BNP.to(identity_BND.dtype)
@@ -233,8 +246,8 @@ class BrainloomTokenEmbedding(nn.Module):
         value_BND = identity_BND.new_zeros(identity_BND.shape)
         for modality, projection in enumerate(self.value_proj):
             value_BND = torch.where((modality_BN == modality)[..., None], projection(inputs), value_BND)
-        out: Tensor = value_BND * gate_BND + identity_BND
-        return out
+        content_BND = value_BND * gate_BND
+        return content_BND, content_BND + identity_BND
 
 
 class BrainloomPatchEmbedding(nn.Module):
@@ -248,14 +261,13 @@ class BrainloomPatchEmbedding(nn.Module):
         self.out_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
         self.position_embed = nn.Parameter(torch.zeros(num_patches, config.hidden_size))
 
-    def forward(self, pixels_BFHW: Tensor, frame_mask_BF: Tensor) -> Tensor:
-        """Patch tokens (B, F * M, D); masked frames are zeroed before anything is computed from them."""
+    def forward(self, pixels_BFHW: Tensor, frame_mask_BF: Tensor) -> tuple[Tensor, Tensor]:
+        """Content and content with position, both (B, F * M, D); masked frames are zeroed before anything is computed from them."""
         pixels = torch.where(frame_mask_BF[..., None, None], pixels_BFHW.to(self.pixel_proj.weight.dtype), 0.0)
         side = self.patch_size
         patches = pixels.unflatten(3, (-1, side)).unflatten(2, (-1, side)).transpose(3, 4).flatten(4).flatten(2, 3)
-        hidden = F.silu(self.pixel_proj(patches))
-        out: Tensor = self.out_proj(hidden) + self.position_embed
-        return out.flatten(1, 2)
+        content: Tensor = self.out_proj(F.silu(self.pixel_proj(patches)))
+        return content.flatten(1, 2), (content + self.position_embed).flatten(1, 2)
 
 
 class BrainloomPreTrainedModel(PreTrainedModel):
@@ -281,7 +293,7 @@ class BrainloomPreTrainedModel(PreTrainedModel):
         elif isinstance(module, BrainloomAttention):
             nn.init.ones_(module.time_bias)
         elif isinstance(module, BrainloomIdentity):
-            nn.init.normal_(module.modality_embed, std=1.0)
+            nn.init.normal_(module.modality_embed, std=0.3)
         elif isinstance(module, BrainloomPatchEmbedding):
             nn.init.normal_(module.position_embed, std=1.0)
         elif isinstance(module, BrainloomModel):
@@ -346,12 +358,13 @@ class BrainloomModel(BrainloomPreTrainedModel):
         observed_BNP = input_observed & input_mask[..., None]
         time_BN = torch.where(input_mask, input_time_s, 0.0)
         geometry_BN = sample_geometry(torch.where(input_mask, input_sample_s, 1.0))
-        tokens_BND = self.token_embed(input_values, observed_BNP, identity_BSD, input_source, geometry_BN, modality_BN)
-        patches = self.patch_embed(pixels, frame_mask)
+        content_BND, tokens_BND = self.token_embed(input_values, observed_BNP, identity_BSD, input_source, geometry_BN, modality_BN)
+        patch_content, patches = self.patch_embed(pixels, frame_mask)
         num_patches = patches.shape[1] // max(1, pixels.shape[1])
         batch = tokens_BND.shape[0]
         null = self.null_token.expand(batch, 1, -1)
         context = torch.cat([null, tokens_BND, patches], dim=1)
+        content = torch.cat([torch.zeros_like(null), content_BND, patch_content], dim=1)
         frame_time = torch.where(frame_mask, frame_time_s, 0.0).repeat_interleave(num_patches, dim=1)
         key_time = torch.cat([time_BN.new_zeros(batch, 1), time_BN, frame_time], dim=1)
         key_mask = torch.cat(
@@ -360,9 +373,8 @@ class BrainloomModel(BrainloomPreTrainedModel):
         latent_time_s = self.latent_times(context.device)
         latents = self.latent_embed.repeat(len(latent_time_s) // self.config.latents_per_step, 1)
         angles = rotary_angles(latent_time_s[None], self.config)
-        x_BLD = self.encoder(
-            latents.expand(batch, -1, -1), context, angles, rotary_angles(key_time, self.config), key_mask
-        )
+        key_angles = rotary_angles(key_time, self.config)
+        x_BLD = self.encoder(latents.expand(batch, -1, -1), context, content, angles, key_angles, key_mask)
         for layer in self.layers:
             x_BLD = layer(x_BLD, angles)
         return BrainloomModelOutput(last_hidden_state=self.norm(x_BLD), latent_time_s=latent_time_s)
@@ -432,7 +444,7 @@ class BrainloomForPreTraining(BrainloomPreTrainedModel):
         query_angles = rotary_angles(query_time_s, self.config)
         key_angles = rotary_angles(outputs.latent_time_s[None], self.config)
         for layer in self.decoder:
-            x_BQD = layer(x_BQD, latents_BLD, query_angles, key_angles)
+            x_BQD = layer(x_BQD, latents_BLD, latents_BLD, query_angles, key_angles)
         x_BQD = self.norm(x_BQD)
         delta = self.count_head(x_BQD).float()
         mean, log_scale = self.trace_head(x_BQD).float().chunk(2, dim=-1)
