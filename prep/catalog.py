@@ -9,10 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from prep.settings import FEATURE_NAMES, FEATURES_VERSION, FORMAT_VERSION
-from prep.store import catalog_digest, locked, read_json, sanitise, sha256, write_json
+from prep.store import StoreError, catalog_digest, locked, manifest_path, read_json, sanitise, sha256, write_json
 
 MANIFEST = ".manifest.json"
 STIMULI = "stimuli"
+SESSION_KEYS = ("path", "dataset_id", "session_id", "sources", "recipe_digest", "features_version", "streams")
 RESERVED = {STIMULI, "catalog.json", "failed.jsonl"}
 
 
@@ -47,7 +48,35 @@ def manifests(root: Path) -> Iterator[tuple[Path, dict[str, Any]]]:
     """Every manifest of the store in order of path: of sessions and, under `stimuli/`, of stimuli."""
     for path in sorted(root.glob(f"*/*{MANIFEST}")):
         if not path.name.startswith("."):
-            yield path, read_json(path)
+            yield path, read_manifest(path)
+
+
+def read_manifest(path: Path) -> dict[str, Any]:
+    """A manifest that says what a manifest must; StoreError where it is damaged."""
+    content = read_json(path)
+    is_dict = isinstance(content, dict) and isinstance(content.get("files"), dict)
+    keys = ("digest", "path") if is_dict and "stimulus" in content else SESSION_KEYS
+    entry = content.get("stimulus", content.get("session")) if is_dict else None
+    if not isinstance(entry, dict) or any(key not in entry for key in keys):
+        raise StoreError(f"{path} is damaged: it is no manifest. Delete it, then run `make prep` again.")
+    result: dict[str, Any] = content
+    return result
+
+
+def is_whole(root: Path, sealed: "Sealed") -> bool:
+    """Whether all files of a session, and of the stimuli that it shows, are there with their sizes."""
+    digests = {stream["stimulus"] for stream in sealed.entry["streams"]} - {None}
+    folders = [root / sealed.folder, *(root / STIMULI / f"{digest}.zarr" for digest in digests)]
+    return all(has_its_files(folder) for folder in folders)
+
+
+def has_its_files(folder: Path) -> bool:
+    """Whether a folder is sealed, and all that its manifest lists is there with its size."""
+    manifest = manifest_path(folder)
+    if not manifest.exists():
+        return False
+    files = read_manifest(manifest)["files"]
+    return all((folder / n).is_file() and (folder / n).stat().st_size == f["bytes"] for n, f in files.items())
 
 
 def sealed_folder(manifest: Path) -> Path:

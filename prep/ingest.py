@@ -64,7 +64,7 @@ class Task:
 
 
 class Flow:
-    """Keeps as many tasks in flight as there are worker threads, those of sessions in hand first.
+    """Keeps as many tasks in flight as there are worker threads, those that finish a session first, plans last.
 
     Dask itself would hand out all tasks at once, and blame all those of a worker that dies for its death.
     """
@@ -161,7 +161,12 @@ class Run:
     def submit(self, on_done: Callable[[Any], None], where: str, function: Callable[..., Any], *args: Any) -> Task:
         """Queue a task; `on_done` gets its result, or a Failed."""
         task = Task(where, on_done, function, args)
-        (self.flow.later if function is plan_task else self.flow.urgent).append(task)
+        if function is plan_task:
+            self.flow.later.append(task)
+        elif function is finish_task:
+            self.flow.urgent.appendleft(task)
+        else:
+            self.flow.urgent.append(task)
         return task
 
     def start(self, files: Sequence[InputFile], planner: Planner, recipe: Any) -> None:
@@ -170,7 +175,7 @@ class Run:
             job = Job(number, file, Outcome(file.label))
             self.jobs.append(job)
             mine = [s for s in self.sealed if any(source.file == file.path.name for source in s.sources)]
-            args = (planner, file.path, recipe, self.recipe_digest, file.dataset_id, mine)
+            args = (planner, file.path, recipe, self.recipe_digest, file.dataset_id, self.root, mine)
             job.planning = self.submit(partial(self._planned, job), "", plan_task, *args)
 
     def _planned(self, job: Job, result: Planned | Failed) -> None:
@@ -397,13 +402,15 @@ def main(args: argparse.Namespace) -> int:
         raise StoreError(f"--workers {args.workers}: at least one worker is needed.")
     recipe = prep.recipe.load(args.recipe)
     files = find_files(args.sources, args.dataset or recipe.dataset_id, args.out)
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # a batch system's stop is as clean as Ctrl-C
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)  # a batch system's stop is as clean as Ctrl-C
     try:
         with connect(args.scheduler, min(args.workers, MAX_WORKERS * len(files))) as client:
             outcomes = run_ingest(files, args.out, recipe, client, planner=plan_from_nwb, is_dry=args.dry_run)
     except KeyboardInterrupt:
         print("Interrupted: what is sealed stays. Run the same command again to go on.", file=sys.stderr)
         return INTERRUPTED
+    finally:
+        signal.signal(signal.SIGTERM, before)
     if not args.dry_run:
         tidy(args.out)
     print_table(outcomes, "would be ingested" if args.dry_run else "are in the store")

@@ -10,7 +10,8 @@ import uuid
 from collections.abc import Iterator
 from pathlib import Path
 
-from prep.store import StoreError, locked, manifest_path, read_json
+from prep.catalog import read_manifest
+from prep.store import ShardFormatError, StoreError, locked, manifest_path, read_json
 from prep.write_session import PARTIAL
 
 
@@ -22,9 +23,9 @@ def run_of_its_own(root: Path) -> Iterator[str]:
     with contextlib.ExitStack() as stack:
         with locked(root):
             lock.parent.mkdir(exist_ok=True)
+            sweep(root)
             file = stack.enter_context(open(lock, "w"))
             fcntl.flock(file, fcntl.LOCK_EX)
-            sweep(root)
         try:
             yield name
         finally:
@@ -45,6 +46,7 @@ def sweep(root: Path) -> None:
         run = folder.name.removesuffix(PARTIAL).rsplit(".", 1)[-1]
         if (is_partial and run not in alive) or (not is_partial and is_unsealed(folder)):
             shutil.rmtree(folder, ignore_errors=True)
+            manifest_path(folder).unlink(missing_ok=True)
     for leftover in [*root.glob(".catalog.json.*"), *root.glob(".failed.jsonl.*"), *root.glob("*/.*.manifest.json.*")]:
         leftover.unlink(missing_ok=True)  # writers hold the store's lock, and so do we: nobody is writing these
 
@@ -56,10 +58,15 @@ def tidy(root: Path) -> None:
 
 
 def is_unsealed(folder: Path) -> bool:
-    """A session or stimulus of ours whose seal is missing: a run was killed just before it."""
-    if manifest_path(folder).exists() or not (folder / "zarr.json").is_file():
-        return False
-    return "brainloom" in read_json(folder / "zarr.json").get("attributes", {})
+    """A session or stimulus of ours whose seal is missing (a run was killed just before it) or damaged."""
+    try:
+        if manifest_path(folder).exists():
+            return not read_manifest(manifest_path(folder))
+        return (folder / "zarr.json").is_file() and "brainloom" in read_json(folder / "zarr.json")["attributes"]
+    except ShardFormatError:
+        raise  # of a version that we do not know: not ours to remove
+    except (StoreError, KeyError, TypeError):
+        return True
 
 
 def check_is_store(root: Path) -> None:

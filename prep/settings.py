@@ -137,6 +137,8 @@ def _convert(hint: Any, value: Any, where: str, key: str) -> Any:
         return tuple(_convert(arguments[0], item, where, f"{key}[{i}]") for i, item in enumerate(value))
     if origin is dict and isinstance(value, dict):
         return {str(k): _convert(arguments[1], item, where, f"{key}.{k}") for k, item in value.items()}
+    if hint is Any:
+        return value
     if hint is float and type(value) in (int, float):
         return float(value)
     if isinstance(hint, type) and type(value) is hint:

@@ -32,7 +32,7 @@ DTYPES: dict[Kind, str] = {"counts": "uint8", "trace": "float32", "frames": "int
 FILLS: dict[Kind, float | int] = {"counts": COUNT_MISSING, "trace": math.nan, "frames": -1, "event": math.nan}
 
 
-_AGAIN = "Run `make prep` again for this session."
+_AGAIN = "Delete the .manifest.json beside its .zarr folder, then run `make prep` again."
 
 
 class StoreError(ValueError):
@@ -592,7 +592,7 @@ class Store:
     def _manifest(self, path: Path, entry: Mapping[str, Any]) -> dict[str, Any]:
         manifest = manifest_path(path)
         if not manifest.exists() or sha256(manifest) != entry["manifest_sha256"]:
-            raise DigestError(f"{manifest} is missing or differs from catalog.json. {_AGAIN}")
+            raise DigestError(f"{manifest} is missing or differs from catalog.json. Run `make prep` again.")
         content: dict[str, Any] = read_json(manifest)
         return content
 

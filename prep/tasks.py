@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from prep.catalog import Sealed, Source
+from prep.catalog import Sealed, Source, is_whole
 from prep.plan import PrepError, SessionPlan
 from prep.store import StoreError
 from prep.write_session import (
@@ -67,13 +67,19 @@ def plan_from_nwb(path: Path, recipe: Any, dataset_id: str) -> SessionPlan:
 
 
 def plan_task(
-    planner: Planner, path: Path, recipe: Any, recipe_digest: str, dataset_id: str, sealed: Sequence[Sealed]
+    planner: Planner,
+    path: Path,
+    recipe: Any,
+    recipe_digest: str,
+    dataset_id: str,
+    root: Path,
+    sealed: Sequence[Sealed],
 ) -> Planned:
     """Read what is in a file, unless this very content was ingested with this very recipe."""
     started = time.monotonic()
     source = source_of(path)
     for session in sealed:
-        if is_current(session, source, dataset_id, recipe_digest):
+        if is_current(session, source, dataset_id, recipe_digest) and is_whole(root, session):
             return Planned(source, sealed=session)
     plan = planner(path, recipe, dataset_id)
     check(plan)

@@ -192,5 +192,9 @@ def main(args: argparse.Namespace) -> int:
     results = verify(args.store)
     print_results(results)
     num_problems = sum(len(row.problems) for row in results)
-    print(f"{args.store}: {num_problems} problems." if num_problems else f"{args.store}: all is as it was written.")
+    if num_problems:
+        print(f"{args.store}: {num_problems} problems. To mend: delete the .manifest.json of what is damaged, then run")
+        print("the same `make prep` again; it writes that session anew, and the catalog.")
+    else:
+        print(f"{args.store}: all is as it was written.")
     return 1 if num_problems else 0

@@ -17,7 +17,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from prep.catalog import STIMULI, Sealed, Source, dataset_folder
+from prep.catalog import STIMULI, Sealed, Source, dataset_folder, has_its_files, read_manifest
 from prep.plan import IntervalTable, PlannedStimulus, PlannedStream, PrepError, SessionPlan
 from prep.settings import FEATURE_NAMES, FEATURES_VERSION, FORMAT_VERSION, SPLITS
 from prep.statistics_pass import Statistics, stream_statistics
@@ -32,7 +32,6 @@ from prep.store import (
     locked,
     manifest_files,
     manifest_path,
-    read_json,
     sanitise,
     seal,
     sha256,
@@ -208,7 +207,7 @@ def publish(
     files = manifest_files(partial)
     with locked(root):
         manifest = manifest_path(folder)
-        if manifest.exists() and folder.is_dir() and (kind == "stimulus" or read_json(manifest)["files"] == files):
+        if has_its_files(folder) and (kind == "stimulus" or read_manifest(manifest)["files"] == files):
             shutil.rmtree(partial)  # another run has sealed the same bytes: its readers are not disturbed
             return
         manifest.unlink(missing_ok=True)

@@ -250,7 +250,7 @@ def is_alive(pid: int) -> bool:
 def test_killed_in_the_middle_it_leaves_no_writer_and_the_next_run_ends_with_the_same_bytes(
     client: Client, tmp_path: Path
 ) -> None:
-    folder, store = recordings(tmp_path / "in", a="session=s1", b="session=s2 slow_s=0.25"), tmp_path / "store"
+    folder, store = recordings(tmp_path / "in", a="session=s1", b="session=s2 slow_s=0.8"), tmp_path / "store"
     process = command(folder, store)
     half_way = ".s2.*.partial.zarr/streams/spikes/values/c/1/0/0"
     wait_for(lambda: (store / "d1" / "s1.manifest.json").exists() and any((store / "d1").glob(half_way)))
@@ -342,6 +342,25 @@ def test_the_catalog_waits_for_its_lock(tmp_path: Path) -> None:
         assert not (tmp_path / "catalog.json").exists()
     writer.join(PATIENCE_S)
     assert Store(tmp_path).entries == []
+
+
+def test_what_is_damaged_is_mended_by_the_remedy_that_verify_names(client: Client, tmp_path: Path) -> None:
+    folder, store = recordings(tmp_path / "in", a="session=s1", b="session=s2"), tmp_path / "store"
+    ingest(client, folder, store)
+    good = tree(store)
+    (store / "d1" / "s1.zarr" / "streams" / "roi" / "values" / "c" / "0" / "0" / "0").unlink()
+    assert states(ingest(client, folder, store)) == ["ok", "already there"]  # what is gone is seen without being told
+    assert tree(store) == good
+    shard = store / "d1" / "s2.zarr" / "streams" / "roi" / "values" / "c" / "0" / "0" / "0"
+    shard.write_bytes(b"x" * shard.stat().st_size)
+    for manifest in (store / "d1" / "s2.manifest.json", next((store / "stimuli").glob("*.manifest.json"))):
+        manifest.unlink()
+        ingest(client, folder, store)
+        assert tree(store) == good
+    for text in ("{", "[]", "{}", '{"files": {}, "session": {}}'):
+        (store / "d1" / "s1.manifest.json").write_text(text)
+        assert states(ingest(client, folder, store)) == ["ok", "already there"]
+        assert tree(store) == good
 
 
 @pytest.mark.slow

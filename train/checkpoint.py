@@ -1,14 +1,15 @@
 """Checkpoints: fragments by name and offset, unit rows by key, sealed by a manifest; no pickle.
 
-In: an engine at a step. Out: <run>/checkpoints/step-00000100/ with, per rank, master weights and moments of its partitions
-as safetensors, rank 0's unit table and state.json, and manifest.json written last: a folder without one is not a checkpoint.
+In: an engine at a step. Out: <run>/checkpoints/step-00000100/ with, per rank, master weights and moments of its
+partitions as safetensors, rank 0's unit table and state.json, and manifest.json, written last: a folder without one is
+not a checkpoint.
 """
 
 import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -80,7 +81,7 @@ class Checkpoint:
         return load_file(self.path / "unit_table.safetensors"), keys
 
 
-def save(engine: Engine, root: Path, step: int, keys: Callable[[], list[str]], state: dict[str, Any]) -> Path:
+def save(engine: Engine, root: Path, step: int, state: dict[str, Any]) -> Path:
     """Write and seal a checkpoint; every rank calls it. Returns its folder."""
     final, temporary = root / f"step-{step:08d}", root / f".step-{step:08d}.partial"
     rank, world_size = dist.get_rank(), dist.get_world_size()
@@ -92,7 +93,7 @@ def save(engine: Engine, root: Path, step: int, keys: Callable[[], list[str]], s
     save_file(fragments, temporary / f"rank-{rank:05d}.safetensors")
     _sync(temporary / f"rank-{rank:05d}.safetensors")
     if rank == 0:
-        _save_shared(engine, temporary, keys(), {**state, "step": step, "world_size": world_size})
+        _save_shared(engine, temporary, {**state, "step": step, "world_size": world_size})
     dist.barrier()  # sealed only after all ranks are done
     if rank == 0:
         seal(temporary, step)
@@ -103,10 +104,15 @@ def save(engine: Engine, root: Path, step: int, keys: Callable[[], list[str]], s
     return final
 
 
+def partitioned(model: nn.Module) -> Iterator[tuple[str, Any]]:
+    """Parameters under ZeRO-3 by name; DeepSpeed adds ds_tensor, ds_numel and ds_shape to each."""
+    yield from model.named_parameters()
+
+
 def local_fragments(model: nn.Module, rank: int) -> dict[str, Tensor]:
     """This rank's part of each parameter and its moments, by `name|kind|offset`; the padding is left out."""
     fragments = {}
-    for name, parameter in model.named_parameters():
+    for name, parameter in partitioned(model):
         size = parameter.ds_tensor.numel()
         offset, length = rank * size, min(size, parameter.ds_numel - rank * size)
         if length <= 0:
@@ -118,13 +124,13 @@ def local_fragments(model: nn.Module, rank: int) -> dict[str, Tensor]:
     return fragments
 
 
-def _save_shared(engine: Engine, folder: Path, keys: list[str], state: dict[str, Any]) -> None:
-    shapes = {name: list(parameter.ds_shape) for name, parameter in engine.model.named_parameters()}
+def _save_shared(engine: Engine, folder: Path, state: dict[str, Any]) -> None:
+    shapes = {name: list(parameter.ds_shape) for name, parameter in partitioned(engine.model)}
     save_file(
         {name: tensor.cpu().contiguous() for name, tensor in engine.table.state().items()},
         folder / "unit_table.safetensors",
     )
-    (folder / "unit_keys.json").write_text(json.dumps(keys))
+    (folder / "unit_keys.json").write_text(json.dumps(engine.table.keys))
     (folder / "config.json").write_text(engine.model.config.to_json_string())
     content = {**state, "optimizer_steps": _optimizer_steps(engine), "shapes": shapes}
     (folder / "state.json").write_text(json.dumps(content, indent=1, sort_keys=True))
@@ -157,7 +163,7 @@ def seal(folder: Path, step: int) -> None:
 
 def newest(root: Path) -> tuple[Checkpoint | None, list[str]]:
     """The newest sealed and undamaged checkpoint, and what was passed over."""
-    passed_over = []
+    passed_over: list[str] = []
     for folder in sorted(root.glob("step-*"), reverse=True):
         try:
             return open_checkpoint(folder), passed_over
@@ -177,7 +183,8 @@ def open_checkpoint(folder: Path) -> Checkpoint:
         raise CheckpointError(f"{manifest_path} is damaged ({error}). Use an earlier checkpoint.") from error
     if manifest.get("format") != CHECKPOINT_FORMAT:
         raise CheckpointError(
-            f"{folder} is checkpoint format {manifest.get('format')}; this code reads [{CHECKPOINT_FORMAT}]. Update the code."
+            f"{folder} is checkpoint format {manifest.get('format')}; this code reads [{CHECKPOINT_FORMAT}]. "
+            "Update the code."
         )
     for name, recorded in manifest["files"].items():
         path = folder / name
@@ -188,18 +195,19 @@ def open_checkpoint(folder: Path) -> Checkpoint:
     return Checkpoint(folder, manifest)
 
 
-def restore(engine: Engine, checkpoint: Checkpoint, keys: list[str]) -> int:
+def restore(engine: Engine, checkpoint: Checkpoint) -> int:
     """Put master weights, moments, working weights and unit rows back; returns the number of rows taken over."""
     rank, state = dist.get_rank(), checkpoint.state()
-    shapes = {name: list(parameter.ds_shape) for name, parameter in engine.model.named_parameters()}
+    shapes = {name: list(parameter.ds_shape) for name, parameter in partitioned(engine.model)}
     if shapes != state["shapes"]:
         odd = sorted(name for name in {*shapes, *state["shapes"]} if shapes.get(name) != state["shapes"].get(name))
         raise CheckpointError(
-            f"{checkpoint.path} is another model's: {odd[0]} is {state['shapes'].get(odd[0])} there and {shapes.get(odd[0])} here. "
+            f"{checkpoint.path} is another model's: {odd[0]} is {state['shapes'].get(odd[0])} there and "
+            f"{shapes.get(odd[0])} here. "
             "Use the run's own configuration, or another OUT."
         )
     _create_moments(engine, int(state["optimizer_steps"]))
-    for name, parameter in engine.model.named_parameters():
+    for name, parameter in partitioned(engine.model):
         size = parameter.ds_tensor.numel()
         start, stop = min(rank * size, parameter.ds_numel), min((rank + 1) * size, parameter.ds_numel)
         for kind in ("master", *MOMENTS):
@@ -214,7 +222,7 @@ def restore(engine: Engine, checkpoint: Checkpoint, keys: list[str]) -> int:
     if persistent:  # small parameters stay gathered: refresh them from their partitions
         persistent[0].partition(persistent)
         persistent[0].all_gather(persistent)
-    return engine.table.load(*checkpoint.table(), keys)
+    return engine.table.load(*checkpoint.table())
 
 
 def _create_moments(engine: Engine, steps: int) -> None:

@@ -13,10 +13,11 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from prep.settings import COUNT_MISSING, MODALITIES, TOKEN_NS
+from prep.settings import COUNT_MISSING, MODALITIES, TOKEN_NS, ConfigError
 from prep.store import Session, Store
 from train.config import DataConfig, Family
 from train.masking import Mask, TokenTable
+from train.model.configuration_brainloom import BrainloomConfig
 from train.model.processing_brainloom import middle, standard_pixels, standardise
 from train.sources import SourceTable
 
@@ -93,19 +94,22 @@ class Window:
 class WindowReader:
     """Reads windows of a store; holds the store open, so each worker makes its own."""
 
-    def __init__(self, store: Store, samples_per_token: int, image_size: tuple[int, int], max_frames: int) -> None:
-        self.store, self.source_table = store, SourceTable(store)
-        self.samples_per_token, self.image_size, self.max_frames = samples_per_token, image_size, max_frames
+    def __init__(self, store: Store, model: BrainloomConfig, max_frames: int) -> None:
+        self.store, self.source_table, self.max_frames = store, SourceTable(store), max_frames
+        self.samples_per_token = model.samples_per_token
+        self.image_size = (model.image_size[0], model.image_size[1])
         self._sources: dict[int, Sources] = {}
         self._check_samples()
 
     def _check_samples(self) -> None:
         for entry in self.store.entries:
             for stream in entry["streams"]:
-                if stream["kind"] != "frames" and stream["samples_per_token"] > self.samples_per_token:
-                    raise ValueError(
+                too_long = stream["samples_per_token"] > self.samples_per_token
+                if stream["kind"] != "frames" and too_long:
+                    raise ConfigError(
                         f"{entry['path']}: stream {stream['name']} has {stream['samples_per_token']} samples per token; "
-                        f"the model reads {self.samples_per_token}. Set model.overrides.samples_per_token to at least that."
+                        f"the model reads {self.samples_per_token}. "
+                        "Set model.overrides.samples_per_token to at least that."
                     )
 
     def sources(self, index: int) -> Sources:
@@ -133,7 +137,7 @@ class WindowReader:
                 rows, measured = self.source_table.unit_rows(index, first, size), features[first : first + size]
             modality = np.full(size, MODALITIES.index(stream["modality"]), np.int64)
             parts.append((modality, rows, measured, opened.mean, opened.scale, np.full(size, number), np.arange(size)))
-        columns = [np.concatenate(column) for column in zip(*parts, strict=True)]
+        columns: list[Array] = [np.concatenate(column) for column in zip(*parts, strict=True)]
         return Sources(*columns)
 
     def read(
@@ -151,7 +155,9 @@ class WindowReader:
         ]
         empty = np.zeros((0, self.samples_per_token), np.float32)
         none = np.zeros(0, np.int64)
-        columns = [np.concatenate(column) for column in zip(*parts, strict=True)] if parts else [*[none] * 5, empty]
+        columns: list[Array] = (
+            [np.concatenate(column) for column in zip(*parts, strict=True)] if parts else [*[none] * 5, empty]
+        )
         source, token_ns, offset_ns, duration_ns, sample_ns, values = columns
         observed = ~np.isnan(values)
         modality = chosen.modality[source]

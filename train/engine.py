@@ -1,53 +1,30 @@
 """The engine: the model under ZeRO-3, its optimizer, and the unit table beside it.
 
 In: a run's configuration and batches. Out: losses, and parameters that move.
-Weights start from (seed, name of the module) alone: the same for any number of ranks, with ZeRO or without.
+One process or many: the same weights, the same batches, the same steps.
 """
 
 import contextlib
-import hashlib
 import math
+from contextlib import AbstractContextManager
 from typing import Any
 
 import deepspeed
 import torch
 from torch import Tensor, nn
 
-from train.config import PRESETS, OptimConfig, RunConfig, deepspeed_config
-from train.model.configuration_brainloom import BrainloomConfig
+from train.build import build_model, whole
+from train.config import OptimConfig, RunConfig, deepspeed_config
 from train.model.modeling_brainloom import BrainloomForPreTraining, BrainloomPreTrainingOutput
 from train.unit_table import UnitTable
 
 BETAS = (0.9, 0.95)
 
 
-def model_config(config: RunConfig) -> BrainloomConfig:
-    """The model's configuration: preset, then overrides, then what the data dictates."""
-    values = {**PRESETS[config.model.preset], **config.model.overrides, "context_s": config.data.context_s}
-    return BrainloomConfig(**values)
-
-
-def build_model(config: RunConfig, ds_config: dict[str, Any] | None) -> BrainloomForPreTraining:
-    """The model with its seeded weights; with a DeepSpeed configuration of stage 3 it is born in partitions."""
-    stage3 = ds_config is not None and ds_config["zero_optimization"]["stage"] == 3
-    with deepspeed.zero.Init(config_dict_or_path=ds_config) if stage3 else contextlib.nullcontext():
-        model = BrainloomForPreTraining(model_config(config))
-    seed_weights(model, config.seed)
-    return model
-
-
-def seed_weights(model: BrainloomForPreTraining, seed: int) -> None:
-    """Initialise every module from (seed, its name), whole, on rank 0; ZeRO hands the partitions round."""
-    for name, module in model.named_modules():
-        own = list(module.parameters(recurse=False))
-        if not own:
-            continue
-        partitioned = [parameter for parameter in own if hasattr(parameter, "ds_id")]
-        digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
-        with deepspeed.zero.GatheredParameters(partitioned, modifier_rank=0, enabled=bool(partitioned)):
-            with torch.random.fork_rng(devices=[]):
-                torch.manual_seed(int.from_bytes(digest[:8], "little") >> 1)
-                model._init_weights(module)
+def _gather(parameters: list[nn.Parameter]) -> AbstractContextManager[None]:
+    """Whole parameters, set by rank 0, handed round in partitions."""
+    context: AbstractContextManager[None] = deepspeed.zero.GatheredParameters(parameters, modifier_rank=0)
+    return context
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
@@ -79,17 +56,19 @@ def lr_factor(step: int, config: OptimConfig) -> float:
 class Engine:
     """The model under DeepSpeed and the unit table; one `train_step` is one optimizer step."""
 
-    def __init__(self, config: RunConfig, num_rows: int, world_size: int) -> None:
+    def __init__(self, config: RunConfig, keys: list[str], world_size: int) -> None:
         self.config = config
         self.ds_config = deepspeed_config(config, world_size)
-        model = build_model(config, self.ds_config)
+        stage3 = self.ds_config["zero_optimization"]["stage"] == 3
+        with deepspeed.zero.Init(config_dict_or_path=self.ds_config) if stage3 else contextlib.nullcontext():
+            model = build_model(config, _gather if stage3 else whole)
         self.num_parameters = sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters())
         optimizer = make_optimizer(model, config.train)
         self.deepspeed, self.optimizer, _, _ = deepspeed.initialize(
             model=model, optimizer=optimizer, config=self.ds_config, dist_init_required=False
         )
         self.device: torch.device = self.deepspeed.device
-        self.table = UnitTable(num_rows, model.config.unit_embed_size, self.device)
+        self.table = UnitTable(keys, model.config.unit_embed_size, self.device)
 
     @property
     def model(self) -> BrainloomForPreTraining:

@@ -16,8 +16,8 @@ import torch
 
 from prep.store import Store
 from train import checkpoint, config
+from train.build import model_config
 from train.dataset import Budget, Window, WindowReader, collate, make_sample, split_windows
-from train.engine import model_config
 from train.masking import TASKS, Mask, Task, task_mask
 from train.metrics import deviance_explained
 from train.model.modeling_brainloom import BrainloomForPreTraining
@@ -122,14 +122,15 @@ def load_trained(run_dir: Path) -> Trained:
     found, passed_over = checkpoint.newest(run_dir / "checkpoints")
     if found is None:
         raise checkpoint.CheckpointError(
-            f"{run_dir / 'checkpoints'} has no sealed checkpoint ({len(passed_over)} damaged). Train first: make train OUT={run_dir}"
+            f"{run_dir / 'checkpoints'} has no sealed checkpoint ({len(passed_over)} damaged). "
+            f"Train first: make train OUT={run_dir}"
         )
     shape = model_config(run)
     model = BrainloomForPreTraining(shape)
     model.load_state_dict(checkpoint.full_state(found))
-    reader = WindowReader(store, shape.samples_per_token, tuple(shape.image_size), run.data.max_frames)
-    table = UnitTable(len(reader.source_table), shape.unit_embed_size, torch.device("cpu"))
-    table.load(*found.table(), reader.source_table.keys)
+    reader = WindowReader(store, shape, run.data.max_frames)
+    table = UnitTable(reader.source_table.keys, shape.unit_embed_size, torch.device("cpu"))
+    table.load(*found.table())
     return Trained(run, store, model.eval(), table, reader)
 
 

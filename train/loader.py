@@ -17,6 +17,7 @@ from prep.store import Store
 from train.config import RunConfig
 from train.dataset import WindowReader, budget, collate, make_sample, split_windows
 from train.masking import draw_mask
+from train.model.configuration_brainloom import BrainloomConfig
 from train.sampler import draw, positions
 
 READ_AHEAD = 4
@@ -25,9 +26,8 @@ READ_AHEAD = 4
 class TrainingSamples(Dataset[dict[str, Any]]):
     """Position -> sample, a pure function of (store, configuration, position)."""
 
-    def __init__(self, store: Path, config: RunConfig, samples_per_token: int, image_size: tuple[int, int]) -> None:
-        self.path, self.config = store, config
-        self.samples_per_token, self.image_size = samples_per_token, image_size
+    def __init__(self, store: Path, config: RunConfig, model: BrainloomConfig) -> None:
+        self.path, self.config, self.model = store, config, model
         opened = Store(store)
         self.windows = split_windows(opened, "train", config.data.context_s, config.data.stride_s)
         if not len(self.windows):
@@ -40,9 +40,7 @@ class TrainingSamples(Dataset[dict[str, Any]]):
 
     def __getitem__(self, position: int) -> dict[str, Any]:
         if self._reader is None:
-            self._reader = WindowReader(
-                Store(self.path), self.samples_per_token, self.image_size, self.config.data.max_frames
-            )
+            self._reader = WindowReader(Store(self.path), self.model, self.config.data.max_frames)
         config = self.config
         drawn = draw(position, len(self.windows), config.seed, config.train.global_batch_size)
         chance = drawn.generator(config.seed)

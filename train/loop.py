@@ -24,7 +24,8 @@ from torch import Tensor
 
 from prep.store import Store
 from train import checkpoint, config
-from train.engine import Engine, lr_factor, model_config
+from train.build import model_config
+from train.engine import Engine, lr_factor
 from train.loader import TrainingSamples, batches, to_device
 from train.metrics import MetricsLog
 from train.sources import SourceTable
@@ -61,11 +62,9 @@ def train(run_dir: Path, resume: str = "auto") -> int:
     store = Store(json.loads((run_dir / "run.json").read_text())["store"])
     rank, world_size = dist.get_rank(), dist.get_world_size()
     seed_everything(run.seed)
-    sources = SourceTable(store)
-    engine = Engine(run, len(sources), world_size)
-    first_step = _resume(engine, run_dir, resume, sources)
-    shape = model_config(run)
-    samples = TrainingSamples(store.root, run, shape.samples_per_token, tuple(shape.image_size))
+    engine = Engine(run, SourceTable(store).keys, world_size)
+    first_step = _resume(engine, run_dir, resume)
+    samples = TrainingSamples(store.root, run, model_config(run))
     if rank == 0:
         _write_environment(engine, run_dir, world_size, store)
     log = MetricsLog(run_dir, first_step, run.train.num_steps, run.log_every) if rank == 0 else None
@@ -81,7 +80,7 @@ def train(run_dir: Path, resume: str = "auto") -> int:
             last = step + 1 == run.train.num_steps
             if (step + 1) % run.checkpoint_every == 0 or last or stop:
                 position = (step + 1) * run.train.global_batch_size
-                checkpoint.save(engine, root, step + 1, lambda: sources.keys, {**state, "position": position})
+                checkpoint.save(engine, root, step + 1, {**state, "position": position})
                 if rank == 0:
                     checkpoint.prune(root, run.keep_checkpoints)
             if stop and not last:
@@ -121,7 +120,7 @@ def _step(engine: Engine, feed: Any, per_step: int, step: int) -> tuple[dict[str
     return row, bool(shared[8])
 
 
-def _resume(engine: Engine, run_dir: Path, resume: str, sources: SourceTable) -> int:
+def _resume(engine: Engine, run_dir: Path, resume: str) -> int:
     root = run_dir / "checkpoints"
     found, passed_over = checkpoint.newest(root) if resume != "never" else (None, [])
     for reason in passed_over:
@@ -133,7 +132,7 @@ def _resume(engine: Engine, run_dir: Path, resume: str, sources: SourceTable) ->
             )
         _say("starting from step 0")
         return 0
-    rows = checkpoint.restore(engine, found, sources.keys)
+    rows = checkpoint.restore(engine, found)
     _say(f"resuming from {found.path} (step {found.step}, {rows} unit rows)")
     return found.step
 

@@ -4,22 +4,35 @@ In: rows of a batch's sources. Out: `unit_embeds`, a leaf whose gradient comes b
 Rows are known by a stable key, so that a table can be saved, merged and carried to another store.
 """
 
+import hashlib
+
 import numpy as np
-import numpy.typing as npt
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-Rows = npt.NDArray[np.float32]
 BETAS = (0.9, 0.99)
 EPS = 1e-8
+
+
+def initial_row(key: str, size: int) -> Tensor:
+    """A row (E,) before anything is learned: standard normal, drawn from the key alone.
+
+    Rows must differ from the start: were they all zero, units could be told apart only after the heads have learned to
+    read them, and the heads only after that (CONTRIBUTING.md, 2026-11-22).
+    """
+    digest = np.frombuffer(hashlib.sha256(key.encode()).digest()[:16], np.uint64)
+    return torch.from_numpy(np.random.Generator(np.random.Philox(key=digest)).standard_normal(size, np.float32))
 
 
 class UnitTable:
     """Rows (R, E) with Adam's moments and a step count of their own: an untouched row does not move."""
 
-    def __init__(self, num_rows: int, size: int, device: torch.device) -> None:
-        self.weight = torch.zeros(num_rows, size, device=device)
+    def __init__(self, keys: list[str], size: int, device: torch.device) -> None:
+        self.keys = keys
+        num_rows = len(keys)
+        rows = [initial_row(key, size) for key in keys]
+        self.weight = (torch.stack(rows) if rows else torch.zeros(0, size)).to(device)
         self.moment1 = torch.zeros_like(self.weight)
         self.moment2 = torch.zeros_like(self.weight)
         self.num_updates = torch.zeros(num_rows, device=device, dtype=torch.int64)
@@ -75,10 +88,10 @@ class UnitTable:
             "num_updates": self.num_updates,
         }
 
-    def load(self, state: dict[str, Tensor], saved_keys: list[str], keys: list[str]) -> int:
+    def load(self, state: dict[str, Tensor], saved_keys: list[str]) -> int:
         """Take over the rows whose keys are known here; returns how many."""
         place = {key: row for row, key in enumerate(saved_keys)}
-        pairs = [(place[key], row) for row, key in enumerate(keys) if key in place]
+        pairs = [(place[key], row) for row, key in enumerate(self.keys) if key in place]
         saved, here = (
             torch.tensor(column, dtype=torch.int64) for column in (zip(*pairs, strict=True) if pairs else ((), ()))
         )

@@ -12,12 +12,13 @@ L latents, D hidden_size, E unit_embed_size, H heads, C channels of a head, T ke
 
 import math
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel
-from transformers.utils import ModelOutput
+from transformers.utils.generic import ModelOutput
 
 from .configuration_brainloom import MODALITIES, BrainloomConfig
 
@@ -72,6 +73,10 @@ class BrainloomRMSNorm(nn.Module):
         return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
 
 
+class BrainloomZeroLinear(nn.Linear):
+    """A linear map that starts at zero: a residual branch that is silent, a head whose prediction is its null."""
+
+
 class BrainloomMLP(nn.Module):
     """SwiGLU (Shazeer 2020)."""
 
@@ -79,7 +84,7 @@ class BrainloomMLP(nn.Module):
         super().__init__()
         self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
         self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+        self.down_proj = BrainloomZeroLinear(config.intermediate_size, config.hidden_size, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
         """(…, D) to (…, D)."""
@@ -110,14 +115,14 @@ class BrainloomAttention(nn.Module):
     prefers what is near in time before anything is learned, and can be unlearned.
     """
 
-    def __init__(self, config: BrainloomConfig) -> None:
+    def __init__(self, config: BrainloomConfig, output: type[nn.Linear] = nn.Linear) -> None:
         super().__init__()
         size, self.num_heads = config.hidden_size, config.num_attention_heads
         self.head_size = size // self.num_heads
         self.q_proj = nn.Linear(size, size, bias=False)
         self.k_proj = nn.Linear(size, size, bias=False)
         self.v_proj = nn.Linear(size, size, bias=False)
-        self.o_proj = nn.Linear(size, size, bias=False)
+        self.o_proj = output(size, size, bias=False)
         self.q_norm = BrainloomRMSNorm(self.head_size, config.rms_norm_eps)
         self.k_norm = BrainloomRMSNorm(self.head_size, config.rms_norm_eps)
         self.time_bias = nn.Parameter(torch.ones(self.head_size))
@@ -150,7 +155,7 @@ class BrainloomLayer(nn.Module):
     def __init__(self, config: BrainloomConfig) -> None:
         super().__init__()
         self.input_layernorm = BrainloomRMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.self_attn = BrainloomAttention(config)
+        self.self_attn = BrainloomAttention(config, BrainloomZeroLinear)
         self.post_attention_layernorm = BrainloomRMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = BrainloomMLP(config)
 
@@ -198,10 +203,6 @@ class BrainloomCrossLayer(nn.Module):
         return out
 
 
-class BrainloomHead(nn.Linear):
-    """A linear head that starts at zero: before anything is learned, a prediction is its null."""
-
-
 class BrainloomIdentity(nn.Module):
     """Identity of a source = f(what is measured about it) + its row of the unit table, which may be absent (zero)."""
 
@@ -220,12 +221,16 @@ class BrainloomIdentity(nn.Module):
 
 
 class BrainloomTokenEmbedding(nn.Module):
-    """A token = its P samples, seen through its source's identity, plus that identity."""
+    """A token's content is its P samples, seen through its source's identity; it is found by content and identity.
+
+    Which samples exist, and how far apart they are, is only searched by: content is zero where nothing happens.
+    """
 
     def __init__(self, config: BrainloomConfig) -> None:
         super().__init__()
-        inputs = 2 * config.samples_per_token + 1
-        self.value_proj = nn.ModuleList(nn.Linear(inputs, config.hidden_size, bias=False) for _ in MODALITIES[:3])
+        num_samples = config.samples_per_token
+        self.value_proj = nn.ModuleList(nn.Linear(num_samples, config.hidden_size, bias=False) for _ in MODALITIES[:3])
+        self.shape_proj = nn.Linear(num_samples + 1, config.hidden_size, bias=False)
         self.gate_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
 
     def forward(
@@ -242,12 +247,12 @@ class BrainloomTokenEmbedding(nn.Module):
         identity_BND = take_sources(identity_BSD, source_BN)
         observed = observed_BNP.to(identity_BND.dtype)
         values = torch.where(observed_BNP, values_BNP.to(identity_BND.dtype), 0.0)
-        inputs = torch.cat([values, observed, geometry_BN[..., None].to(identity_BND.dtype)], dim=-1)
+        shape = torch.cat([observed, geometry_BN[..., None].to(identity_BND.dtype)], dim=-1)
         value_BND = identity_BND.new_zeros(identity_BND.shape)
         for modality, projection in enumerate(self.value_proj):
-            value_BND = torch.where((modality_BN == modality)[..., None], projection(inputs), value_BND)
+            value_BND = torch.where((modality_BN == modality)[..., None], projection(values), value_BND)
         content_BND = value_BND * gate_BND
-        return content_BND, content_BND + identity_BND
+        return content_BND, content_BND + identity_BND + self.shape_proj(shape)
 
 
 class BrainloomPatchEmbedding(nn.Module):
@@ -274,16 +279,18 @@ class BrainloomPreTrainedModel(PreTrainedModel):
     """Loading, saving and initialising, by transformers."""
 
     config_class = BrainloomConfig
+    config: BrainloomConfig
     base_model_prefix = "model"
     main_input_name = "input_values"
     _supports_sdpa = True
-    _no_split_modules = ["BrainloomLayer", "BrainloomCrossLayer"]
+    _no_split_modules: ClassVar[list[str]] = ["BrainloomLayer", "BrainloomCrossLayer"]
 
     def _init_weights(self, module: nn.Module) -> None:
         std = self.config.initializer_range
-        if isinstance(module, BrainloomHead):
+        if isinstance(module, BrainloomZeroLinear):
             nn.init.zeros_(module.weight)
-            nn.init.zeros_(module.bias)
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
         elif isinstance(module, nn.Linear):
             nn.init.normal_(module.weight, std=1 / math.sqrt(max(1, module.in_features)))
             if module.bias is not None:
@@ -358,7 +365,9 @@ class BrainloomModel(BrainloomPreTrainedModel):
         observed_BNP = input_observed & input_mask[..., None]
         time_BN = torch.where(input_mask, input_time_s, 0.0)
         geometry_BN = sample_geometry(torch.where(input_mask, input_sample_s, 1.0))
-        content_BND, tokens_BND = self.token_embed(input_values, observed_BNP, identity_BSD, input_source, geometry_BN, modality_BN)
+        content_BND, tokens_BND = self.token_embed(
+            input_values, observed_BNP, identity_BSD, input_source, geometry_BN, modality_BN
+        )
         patch_content, patches = self.patch_embed(pixels, frame_mask)
         num_patches = patches.shape[1] // max(1, pixels.shape[1])
         batch = tokens_BND.shape[0]
@@ -389,8 +398,8 @@ class BrainloomForPreTraining(BrainloomPreTrainedModel):
         self.query_geometry = nn.Linear(1, config.hidden_size, bias=False)
         self.decoder = nn.ModuleList(BrainloomCrossLayer(config) for _ in range(config.num_decoder_layers))
         self.norm = BrainloomRMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.count_head = BrainloomHead(config.hidden_size, config.samples_per_token)
-        self.trace_head = BrainloomHead(config.hidden_size, 2 * config.samples_per_token)
+        self.count_head = BrainloomZeroLinear(config.hidden_size, config.samples_per_token)
+        self.trace_head = BrainloomZeroLinear(config.hidden_size, 2 * config.samples_per_token)
         self.post_init()
 
     def forward(

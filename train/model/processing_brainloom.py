@@ -9,7 +9,7 @@ Shape suffixes: K token times, S sources, P samples per token, n tokens, F frame
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import numpy.typing as npt
@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import FeatureExtractionMixin
-from transformers.utils import cached_file
+from transformers.utils.hub import cached_file
 
 from .configuration_brainloom import MODALITIES
 
@@ -55,7 +55,7 @@ class Stream:
 class BrainloomProcessor(FeatureExtractionMixin):
     """Knows, for every source of the training data, its row, features, mean and scale."""
 
-    model_input_names = ["input_values"]
+    model_input_names: ClassVar[list[str]] = ["input_values"]
 
     def __init__(self, samples_per_token: int = 16, image_size: tuple[int, int] = (24, 24), **kwargs: Any) -> None:
         super().__init__(**kwargs)
@@ -70,7 +70,7 @@ class BrainloomProcessor(FeatureExtractionMixin):
         processor: BrainloomProcessor = super().from_pretrained(pretrained_model_name_or_path, **kwargs)
         source = str(pretrained_model_name_or_path)
         known = {key: kwargs[key] for key in ("cache_dir", "revision", "token", "local_files_only") if key in kwargs}
-        units, keys = (cached_file(source, name, **known) for name in (UNITS_FILE, KEYS_FILE))
+        units, keys = (str(cached_file(source, name, **known)) for name in (UNITS_FILE, KEYS_FILE))
         return processor.with_units(json.loads(Path(keys).read_text()), load_file(units))
 
     def with_units(self, keys: list[str], units: dict[str, Tensor]) -> "BrainloomProcessor":
@@ -102,13 +102,14 @@ class BrainloomProcessor(FeatureExtractionMixin):
         return torch.tensor([place[key] for key in keys], dtype=torch.int64)
 
     def __call__(
-        self, streams: list[Stream], frames: Array | None = None, frame_time_s: Array | None = None
+        self, streams: list[Stream], pixels: Array | None = None, frame_time_s: Array | None = None
     ) -> dict[str, Tensor]:
         """Inputs of one window, batch size 1.
 
         Args:
             streams: what was recorded.
-            frames: stimulus that is visible (F, H, W), uint8 grey, at the model's image size.
+            pixels: stimulus that is visible (F, H, W), grey at the model's image size: uint8, or float standardised as
+                `standard_pixels` does.
             frame_time_s: when each frame came on (F,).
         """
         rows = self.rows([key for stream in streams for key in stream.keys])
@@ -118,7 +119,8 @@ class BrainloomProcessor(FeatureExtractionMixin):
         visible, asked = np.flatnonzero(token["visible"]), np.flatnonzero(token["asked"])
         modality = torch.tensor([MODALITIES.index(s.modality) for s in streams for _ in s.keys])
         mean = self.units["mean"][rows]
-        shown = np.zeros((0, *self.image_size), np.float32) if frames is None else standard_pixels(frames)
+        shown = np.zeros((0, *self.image_size), np.float32) if pixels is None else pixels
+        shown = standard_pixels(shown) if shown.dtype == np.uint8 else shown
         times = np.zeros(0) if frame_time_s is None else frame_time_s
         inputs = {
             "unit_embeds": self.units["weight"][rows],
