@@ -8,9 +8,9 @@ import importlib
 import sys
 from collections.abc import Sequence
 
+from prep.disk import StoreError
 from prep.plan import PrepError
 from prep.settings import ConfigError
-from prep.store import StoreError
 
 COMMANDS = {  # command: (module, what it does)
     "ingest": ("prep.ingest", "NWB files into a token store"),

@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from prep.disk import StoreError, locked, read_json, sha256, write_json
 from prep.settings import FEATURE_NAMES, FEATURES_VERSION, FORMAT_VERSION
-from prep.store import StoreError, catalog_digest, locked, manifest_path, read_json, sanitise, sha256, write_json
+from prep.store import catalog_digest, manifest_path, sanitise
 
 MANIFEST = ".manifest.json"
 STIMULI = "stimuli"

@@ -12,6 +12,9 @@ import prep.recipe
 from prep.nwb.inventory import COLUMN_TYPES
 from prep.nwb.session import UnusableFile, plan_session
 from prep.plan import Finding, Found, PlannedStream, PrepError, SessionPlan
+from prep.text_table import table_lines
+
+NUMBERS = ("tokens", "sources", "samples/token", "rate_hz", "start_s", "stop_s", "rows")
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -59,13 +62,9 @@ def render(plan: SessionPlan | PrepError) -> str:
 
 
 def _table(title: str, header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """Columns aligned; "" without rows."""
-    cells = [tuple(header), *(tuple(row) for row in rows)]
-    if len(cells) == 1:
-        return ""
-    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    lines = ["  ".join(text.ljust(width) for text, width in zip(row, widths, strict=True)).rstrip() for row in cells]
-    return "\n".join([f"{title}:", *(f"  {line}" for line in lines)])
+    """A titled table; "" without rows."""
+    header_line, *lines = table_lines(header, rows, right=NUMBERS)
+    return "\n".join([f"{title}:", *(f"  {line}" for line in (header_line, *lines))]) if lines else ""
 
 
 def _coverage(coverage: Sequence[Found]) -> str:
@@ -92,7 +91,8 @@ def _findings(findings: Sequence[Finding]) -> str:
 
 
 def _streams(streams: Sequence[PlannedStream]) -> str:
-    header = ("stream", "kind", "modality", "tokens", "sources", "P", "rate_hz", "start_s", "stop_s", "from")
+    sizes = ("tokens", "sources", "samples/token", "rate_hz", "start_s", "stop_s")
+    header = ("stream", "kind", "modality", *sizes, "from")
     rows = []
     for stream in streams:
         spec = stream.spec

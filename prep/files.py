@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from prep.store import StoreError
+from prep.disk import StoreError
 
 
 @dataclass(frozen=True, order=True)

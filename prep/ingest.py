@@ -10,7 +10,7 @@ import math
 import signal
 import sys
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -25,11 +25,12 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 import prep.catalog
 from prep.catalog import Source, sealed_sessions
+from prep.disk import StoreError, locked
 from prep.files import InputFile, find_files
 from prep.ingest_report import Outcome, print_table, write_failures
 from prep.plan import PlannedStimulus, SessionPlan
 from prep.runs import check_is_store, run_of_its_own, tidy
-from prep.store import StoreError, locked, manifest_path
+from prep.store import manifest_path
 from prep.tasks import Failed, Planned, Planner, finish_task, guarded, one_line, plan_from_nwb, plan_task, shard_task
 from prep.write_session import (
     Target,
@@ -59,6 +60,7 @@ class Task:
     function: Callable[..., Any]
     args: tuple[Any, ...]
     future: Future | None = None
+    worker: str | None = None  # where it was sent
     is_second_try: bool = False
     is_dropped: bool = False
 
@@ -75,7 +77,8 @@ class Flow:
         self.later: deque[Task] = deque()
         self.flying: dict[Future, Task] = {}
         self.landed = as_completed()
-        self.lanes, self.asked = 1, -math.inf
+        self.lanes: dict[str, int] = {}  # threads by address of worker
+        self.asked = -math.inf
 
     def run(self, show: Callable[[], None]) -> None:
         """Work until nothing is left, which tasks may add to when they are done."""
@@ -94,15 +97,23 @@ class Flow:
 
     def _launch(self) -> bool:
         if time.monotonic() - self.asked > LANES_S:
-            self.lanes, self.asked = max(1, sum(self.client.nthreads().values())), time.monotonic()
-        while len(self.flying) < self.lanes and (self.urgent or self.later):
+            self.lanes, self.asked = self.client.nthreads(), time.monotonic()
+        while (self.urgent or self.later) and len(self.flying) < max(1, sum(self.lanes.values())):
             task = (self.urgent or self.later).popleft()
             if not task.is_dropped:
                 args = [arg.future if isinstance(arg, Task) else arg for arg in task.args]
-                task.future = self.client.submit(guarded, task.where, task.function, *args, pure=False)
+                task.worker = self._idlest()
+                # Left to itself, Dask sends a session's shards where its plan is, while other workers are idle.
+                where = {"workers": [task.worker], "allow_other_workers": True} if task.worker else {}
+                task.future = self.client.submit(guarded, task.where, task.function, *args, pure=False, **where)
                 self.flying[task.future] = task
                 self.landed.add(task.future)
         return bool(self.flying)
+
+    def _idlest(self) -> str | None:
+        """The worker with the most threads that have nothing to do; None where none is known yet."""
+        busy = Counter(task.worker for task in self.flying.values())
+        return max(self.lanes, key=lambda worker: self.lanes[worker] - busy[worker], default=None)
 
     def _result(self, future: Future, where: str) -> Any:
         if future.status == "finished":
@@ -163,7 +174,7 @@ class Run:
         task = Task(where, on_done, function, args)
         if function is plan_task:
             self.flow.later.append(task)
-        elif function is finish_task:
+        elif function in (finish_task, finish_stimulus):  # what is whole is sealed before anything new is begun
             self.flow.urgent.appendleft(task)
         else:
             self.flow.urgent.append(task)

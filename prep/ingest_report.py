@@ -4,18 +4,14 @@ In: outcomes. Out: a table on stdout, `<STORE>/failed.jsonl`.
 """
 
 import json
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-from rich.table import Table
-from rich.text import Text
-
-from prep.store import write_bytes
-
-PLAIN_WIDTH = 160  # where the output is no terminal: a log, a pipe
+from prep.disk import write_bytes
+from prep.text_table import table_lines, terminal_width
 
 
 @dataclass
@@ -40,26 +36,18 @@ class Outcome:
         self.num_streams, self.num_tokens = len(tokens), sum(tokens)
 
 
-def table_console() -> Console:
-    """A console for tables, wide enough for one-line reasons where no terminal sets the width."""
-    console = Console(highlight=False)
-    return console if console.is_terminal else Console(highlight=False, width=PLAIN_WIDTH)
-
-
 def print_table(outcomes: Sequence[Outcome], verdict: str) -> None:
     """One row per file, then how many of them came to the `verdict`."""
-    table = Table("file", "state", "streams", "tokens", "seconds", "what", box=None, pad_edge=False)
-    for column in table.columns[2:5]:
-        column.justify = "right"
+    header = ("file", "state", "streams", "tokens", "seconds", "where it is, or why not")
+    rows = []
     for row in outcomes:
         what = f"{row.object}: {row.reason}" if row.object else row.reason
-        numbers = (str(row.num_streams), f"{row.num_tokens:,}", f"{row.seconds:.1f}")
-        table.add_row(Text(row.file), row.state, *numbers, Text(what, overflow="fold"))
-    console = table_console()
-    console.print(table)
-    failures = [row for row in outcomes if row.is_failure]
-    done = len(outcomes) - len(failures)
-    console.print(f"{done} of {len(outcomes)} files {verdict}" + (f", {len(failures)} failed." if failures else "."))
+        numbers = (str(row.num_streams), f"{row.num_tokens:,}") if row.num_streams else ("-", "-")
+        rows.append((row.file, row.state, *numbers, f"{row.seconds:.1f}" if row.seconds else "-", what))
+    print("\n".join(table_lines(header, rows, right=header[2:5], width=terminal_width())))
+    failures = Counter(row.state for row in outcomes if row.is_failure)
+    not_done = "".join(f", {count} {state}" for state, count in sorted(failures.items()))
+    print(f"{len(outcomes) - failures.total()} of {len(outcomes)} files {verdict}{not_done}.")
 
 
 def write_failures(root: Path, outcomes: Sequence[Outcome]) -> None:

@@ -11,7 +11,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from prep.catalog import read_manifest
-from prep.store import ShardFormatError, StoreError, locked, manifest_path, read_json
+from prep.disk import ShardFormatError, StoreError, locked, read_json
+from prep.store import manifest_path
 from prep.write_session import PARTIAL
 
 

@@ -8,13 +8,16 @@ import re
 from dataclasses import MISSING, fields, is_dataclass
 from pathlib import Path
 from types import UnionType
-from typing import Any, ClassVar, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 import numpy as np
 import numpy.typing as npt
 import yaml
 
-T = TypeVar("T")
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
+T = TypeVar("T", bound="DataclassInstance")
 
 FORMAT_VERSION = 1
 FEATURES_VERSION = 1
@@ -61,11 +64,10 @@ class ConfigError(ValueError):
 
 
 class _StrictLoader(yaml.SafeLoader):
-    """YAML 1.2's core scalars: 000140 and 20190801_1 are strings, 3e-4 is a number, NO and on are strings."""
-
-    yaml_implicit_resolvers: ClassVar[dict[str, Any]] = {}
+    """The scalars of JSON, and all else is text: 000140, 20190801_1, NO and 12:30:00 are strings, 3e-4 is a number."""
 
 
+_StrictLoader.yaml_implicit_resolvers = {}  # PyYAML's own are YAML 1.1's: octal, sexagesimal, yes and no
 for _tag, _pattern, _first in (
     ("tag:yaml.org,2002:null", r"^(?:null|~|)$", ["n", "~", ""]),
     ("tag:yaml.org,2002:bool", r"^(?:true|false)$", list("tf")),
@@ -76,11 +78,11 @@ for _tag, _pattern, _first in (
 
 
 def _mapping(loader: yaml.SafeLoader, node: yaml.MappingNode) -> dict[str, Any]:
-    keys = [str(loader.construct_object(key)) for key, _ in node.value]  # type: ignore[no-untyped-call]
+    keys = [str(loader.construct_object(key)) for key, _ in node.value]
     twice = {key for key in keys if keys.count(key) > 1}
     if twice:
         raise ConfigError(f"line {node.start_mark.line + 1}: {sorted(twice)} given twice. Keep one of them.")
-    values = [loader.construct_object(value, deep=True) for _, value in node.value]  # type: ignore[no-untyped-call]
+    values = [loader.construct_object(value, deep=True) for _, value in node.value]
     return dict(zip(keys, values, strict=True))
 
 
@@ -96,17 +98,20 @@ def read_yaml(path: Path) -> dict[str, Any]:
     except (yaml.YAMLError, ConfigError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path} is not readable as YAML: {error}") from error
     if not isinstance(content, dict | None):
-        raise ConfigError(f"{path} holds a {type(content).__name__}; expected `key: value` lines.")
+        raise ConfigError(f"{path} holds {_kind_of(content)}; expected `key: value` lines.")
     return content or {}
 
 
 def parse_value(text: str) -> Any:
     """The value of a `key=value` override, by the same rules as in a file."""
-    return yaml.load(text, _StrictLoader)
+    try:
+        return yaml.load(text, _StrictLoader)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{text!r} is not readable as a YAML value: {' '.join(str(error).split())}") from error
 
 
 def build(cls: type[T], content: dict[str, Any], where: str, prefix: str = "") -> T:
-    """A frozen dataclass from a mapping; `where` names the file in errors. Nested dataclasses, lists and dicts as annotated."""
+    """A frozen dataclass from a mapping, its parts as annotated; `where` names the file in errors."""
     hints = get_type_hints(cls)
     for key in content:
         if key not in hints:
@@ -114,7 +119,8 @@ def build(cls: type[T], content: dict[str, Any], where: str, prefix: str = "") -
             hint = f"Did you mean {prefix}{near[0]}?" if near else f"Valid here: {', '.join(sorted(hints))}."
             raise ConfigError(f"{where}: {prefix}{key} = {content[key]!r} is not a known key. {hint}")
     values = {key: _convert(hints[key], value, where, f"{prefix}{key}") for key, value in content.items()}
-    missing = [f.name for f in fields(cls) if f.default is MISSING and f.default_factory is MISSING and f.name not in values]  # type: ignore[arg-type]
+    required = [f.name for f in fields(cls) if f.default is MISSING and f.default_factory is MISSING]
+    missing = [name for name in required if name not in values]
     if missing:
         raise ConfigError(f"{where}: {prefix}{missing[0]} is missing. Add it.")
     try:
@@ -123,14 +129,26 @@ def build(cls: type[T], content: dict[str, Any], where: str, prefix: str = "") -
         raise ConfigError(f"{where}: {prefix}{error}") from error
 
 
+_IN_WORDS = {
+    str: "text",
+    bool: "true or false",
+    int: "a whole number",
+    float: "a number",
+    tuple: "a list",
+    list: "a list",
+    dict: "`key: value` lines",
+    type(None): "empty",
+}
+
+
 def _convert(hint: Any, value: Any, where: str, key: str) -> Any:
     origin, arguments = get_origin(hint), get_args(hint)
     if origin in (Union, UnionType):
         if value is None and type(None) in arguments:
             return None
         return _convert(next(a for a in arguments if a is not type(None)), value, where, key)
-    if is_dataclass(hint) and isinstance(value, dict):
-        return build(hint, value, where, f"{key}.")  # type: ignore[type-var,arg-type,unused-ignore]
+    if is_dataclass(hint) and isinstance(hint, type) and isinstance(value, dict):
+        return build(hint, value, where, f"{key}.")
     if origin is Literal and value in arguments:
         return value
     if origin is tuple and isinstance(value, list):
@@ -143,5 +161,14 @@ def _convert(hint: Any, value: Any, where: str, key: str) -> Any:
         return float(value)
     if isinstance(hint, type) and type(value) is hint:
         return value
-    expected = f"one of {list(arguments)}" if origin is Literal else getattr(hint, "__name__", str(hint))
-    raise ConfigError(f"{where}: {key} = {value!r} is a {type(value).__name__}; expected {expected}.")
+    raise ConfigError(f"{where}: {key} = {value!r} is {_kind_of(value)}; expected {_expected(hint)}.")
+
+
+def _kind_of(value: Any) -> str:
+    return _IN_WORDS.get(type(value), type(value).__name__)
+
+
+def _expected(hint: Any) -> str:
+    if get_origin(hint) is Literal:
+        return f"one of {', '.join(map(str, get_args(hint)))}"
+    return _IN_WORDS[dict] if is_dataclass(hint) else _IN_WORDS.get(get_origin(hint) or hint, str(hint))

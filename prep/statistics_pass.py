@@ -13,7 +13,8 @@ import numpy as np
 import numpy.typing as npt
 
 from prep.settings import FEATURE_NAMES
-from prep.store import StreamSpec, is_missing
+from prep.shards import is_missing
+from prep.store import StreamSpec
 
 Float = npt.NDArray[np.float64]
 Bool = npt.NDArray[np.bool_]

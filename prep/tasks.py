@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from prep.catalog import Sealed, Source, is_whole
+from prep.disk import StoreError
 from prep.plan import PrepError, SessionPlan
-from prep.store import StoreError
 from prep.write_session import (
     Target,
     check,

@@ -4,29 +4,17 @@ In: a store. Out: a table of sessions and stimuli, each problem with its file; e
 """
 
 import argparse
-import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from rich.table import Table
-from rich.text import Text
 
 from prep import catalog
-from prep.ingest_report import table_console
-from prep.store import (
-    Array,
-    Rows,
-    StoreError,
-    read_array,
-    read_json,
-    read_with_zarr,
-    rows_spec,
-    sha256,
-    sidecar_digests,
-)
+from prep.disk import StoreError, json_bytes, read_json, sha256
+from prep.shards import Array, Rows, read_array, read_with_zarr, rows_spec, sidecar_digests
+from prep.text_table import table_lines
 
 KNOWN = {"catalog.json", "failed.jsonl"}
 
@@ -80,11 +68,6 @@ def _check_catalog(root: Path, top: Checked) -> None:
 def _by_key(entries: Any, key: str) -> dict[str, Any]:
     rows = entries.values() if isinstance(entries, dict) else entries
     return {str(row.get(key)): row for row in rows or [] if isinstance(row, dict)}
-
-
-def json_bytes(content: Any) -> bytes:
-    """What store.write_json writes."""
-    return (json.dumps(content, sort_keys=True, indent=1, allow_nan=False) + "\n").encode()
 
 
 def _check_extra(root: Path, manifests: set[Path], top: Checked) -> None:
@@ -169,17 +152,18 @@ def _samples(path: Path, sidecars: Mapping[int, str]) -> Iterator[tuple[int, int
 
 def print_results(results: list[Checked]) -> None:
     """One row per sealed folder, then the problems by file."""
-    table = Table("what", "files", "MB", "arrays", "result", box=None, pad_edge=False)
-    for column in table.columns[1:4]:
-        column.justify = "right"
-    for row in results:
-        result = f"{len(row.problems)} problems" if row.problems else "ok"
-        table.add_row(Text(row.folder), str(row.num_files), f"{row.num_bytes / 1e6:.1f}", str(row.num_arrays), result)
-    console = table_console()
-    console.print(table)
-    for row in results:
-        for problem in row.problems:
-            console.print(Text(problem, overflow="fold"), soft_wrap=True)
+    rows = [
+        (
+            row.folder,
+            str(row.num_files),
+            f"{row.num_bytes / 1e6:.2f}",
+            str(row.num_arrays),
+            f"{len(row.problems)} problems" if row.problems else "ok",
+        )
+        for row in results
+    ]
+    header = ("what", "files", "MB", "arrays", "result")
+    print("\n".join([*table_lines(header, rows, right=header[1:4]), *(p for row in results for p in row.problems)]))
 
 
 def configure(parser: argparse.ArgumentParser) -> None:

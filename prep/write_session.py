@@ -18,28 +18,12 @@ from typing import Any, Literal
 import numpy as np
 
 from prep.catalog import STIMULI, Sealed, Source, dataset_folder, has_its_files, read_manifest
+from prep.disk import StoreError, locked, sha256
 from prep.plan import IntervalTable, PlannedStimulus, PlannedStream, PrepError, SessionPlan
 from prep.settings import FEATURE_NAMES, FEATURES_VERSION, FORMAT_VERSION, SPLITS
+from prep.shards import Array, Rows, RowsSpec, create_rows, write_array, write_group, write_shard, write_text
 from prep.statistics_pass import Statistics, stream_statistics
-from prep.store import (
-    SHARD_BYTES,
-    Array,
-    Rows,
-    RowsSpec,
-    StoreError,
-    create_rows,
-    create_stream,
-    locked,
-    manifest_files,
-    manifest_path,
-    sanitise,
-    seal,
-    sha256,
-    write_array,
-    write_group,
-    write_shard,
-    write_text,
-)
+from prep.store import SHARD_BYTES, create_stream, manifest_files, manifest_path, sanitise, seal
 
 FRAME_CHUNK_BYTES = 2**20
 PARTIAL = ".partial.zarr"
@@ -322,19 +306,6 @@ def _write_splits(plan: SessionPlan, folder: Path) -> None:
     write_array(folder / "start_ns", np.array([start for start, _, _ in plan.splits], np.int64))
     write_array(folder / "stop_ns", np.array([stop for _, stop, _ in plan.splits], np.int64))
     write_array(folder / "label", np.array([SPLITS.index(label) for _, _, label in plan.splits], np.int8))
-
-
-def write_plan(plan: SessionPlan, target: Target) -> dict[str, Any]:
-    """One session from plan to seal in this process: what ingest spreads over workers, byte for byte."""
-    check(plan)
-    for stimulus in plan.stimuli:
-        for shard in range(num_stimulus_shards(stimulus)):
-            write_stimulus_shard(target.root, target.run, stimulus, shard)
-        finish_stimulus(target.root, target.run, stimulus)
-    for stream in plan.streams:
-        for shard in range(stream.spec.num_shards):
-            write_stream_shard(target, stream, shard)
-    return finish_session(plan, target)
 
 
 def is_current(sealed: Sealed, source: Source, dataset_id: str, recipe_digest: str) -> bool:

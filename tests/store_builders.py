@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from prep import catalog
 from prep.plan import (
     Finding,
     Found,
@@ -23,8 +24,19 @@ from prep.plan import (
     Units,
 )
 from prep.settings import NO_TIME
-from prep.store import FILLS, Array, StreamSpec
-from prep.write_session import Target
+from prep.shards import Array
+from prep.store import FILLS, StreamSpec
+from prep.write_session import (
+    Target,
+    check,
+    finish_session,
+    finish_stimulus,
+    num_stimulus_shards,
+    session_folder,
+    source_of,
+    write_stimulus_shard,
+    write_stream_shard,
+)
 
 SECOND_NS = 1_000_000_000
 FRAMES_SHAPE = (7, 4, 3)
@@ -187,17 +199,25 @@ def fake_planner(path: Path, recipe: Any, dataset_id: str) -> SessionPlan:
 
 def target(root: Path, plan: SessionPlan, recipe_digest: str = RECIPE_DIGEST) -> Target:
     """Where the store at `root` keeps a hand-built session."""
-    from prep.write_session import session_folder, source_of
-
     folder = session_folder(plan.dataset_id, plan.session_id)
     return Target(root=root, folder=folder, run="test", sources=(source_of(plan.source),), recipe_digest=recipe_digest)
 
 
+def write_plan(plan: SessionPlan, target: Target) -> dict[str, Any]:
+    """One session from plan to seal in this process: what ingest spreads over workers, byte for byte."""
+    check(plan)
+    for stimulus in plan.stimuli:
+        for shard in range(num_stimulus_shards(stimulus)):
+            write_stimulus_shard(target.root, target.run, stimulus, shard)
+        finish_stimulus(target.root, target.run, stimulus)
+    for planned in plan.streams:
+        for shard in range(planned.spec.num_shards):
+            write_stream_shard(target, planned, shard)
+    return finish_session(plan, target)
+
+
 def build_store(root: Path, recording: Path, *session_ids: str) -> None:
     """A store of hand-built sessions, written in this process."""
-    from prep import catalog
-    from prep.write_session import write_plan
-
     for number, session_id in enumerate(session_ids):
         plan = session(recording, session_id, seed=1 + 10 * number)
         write_plan(plan, target(root, plan))

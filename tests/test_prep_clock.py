@@ -1,4 +1,7 @@
-"""Tests of prep/clock.py."""
+"""The clock of a stream: time stamps are repaired by named rules, and tokens end at gaps.
+
+In: time stamps made up here. Out: nothing.
+"""
 
 import numpy as np
 import pytest

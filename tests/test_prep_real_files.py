@@ -1,4 +1,7 @@
-"""Tests of prep/nwb on real recordings, where that folder is: BRAINLOOM_NWB_DIR, or ../shared/nwb."""
+"""Real recordings: what each becomes, and A2929's numbers recomputed from HDF5.
+
+In: the folder BRAINLOOM_NWB_DIR, or ../shared/nwb; skipped where it is not. Out: nothing.
+"""
 
 import argparse
 import importlib.util
@@ -41,8 +44,8 @@ REFUSED = {  # file: what its one line says
     "electrodes_2.6.0": "nothing to use",
     "empty": "an HDF5 file with nothing in it",
     "events_extension": "events are read in the next release",
-    "fiber_photometry_extension": "FiberPhotometryResponseSeries is not read yet",
-    "foraging_697929": "6 TimeSeries: events are read in the next release",
+    "fiber_photometry_extension": "It holds 1 FiberPhotometryResponseSeries (not read yet).",
+    "foraging_697929": "6 TimeSeries (events are read in the next release)",
     "foraging_717121": "NWB-Zarr folders are not read yet",
     "patch_clamp": "intracellular recordings only",
     "retina_nwb1": "NWB version 1.0.6",

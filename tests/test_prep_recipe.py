@@ -1,4 +1,7 @@
-"""Tests of prep/recipe.py."""
+"""The recipe: its defaults, and each mistake in it.
+
+In: YAML texts in temporary folders. Out: nothing.
+"""
 
 from pathlib import Path
 
@@ -47,7 +50,7 @@ def test_explicit_splits_are_read(tmp_path: Path):
     [
         ("spilts: {}", r"r\.yaml: spilts = {} is not a known key\. Did you mean splits\?"),
         ("splits: {gap: 2}", r"splits\.gap = 2 is not a known key\. Did you mean splits\.gap_s\?"),
-        ("angles: ry", r"angles = 'ry' is a str; expected tuple"),
+        ("angles: ry", r"angles = 'ry' is text; expected a list"),
         ("licence: MIT\nlicence: CC0", r"r\.yaml .*\['licence'\] given twice"),
         ("splits: {fractions: [0.7, 0.1]}", r"splits\.fractions = \[0\.7, 0\.1\]; expected three"),
         ("splits: {gap_s: -1}", r"splits\.gap_s = -1\.0; expected zero or more"),

@@ -14,24 +14,20 @@ from numpy.testing import assert_array_equal
 from store_builders import build_store
 
 import prep.store
-from prep.store import (
-    DigestError,
+from prep.disk import DigestError, ShardFormatError, StoreError
+from prep.shards import (
     Rows,
     RowsSpec,
-    ShardFormatError,
-    Store,
-    StoreError,
-    StreamSpec,
     create_rows,
     read_array,
     read_text,
     read_with_zarr,
     rows_spec,
-    sanitise,
     write_array,
     write_shard,
     write_text,
 )
+from prep.store import Store, StreamSpec, sanitise
 
 LAYOUTS = {
     "counts": RowsSpec(shape=(23, 3, 5), dtype="uint8", fill=255, chunk_rows=4, shard_rows=8, codec="zstd"),

@@ -16,9 +16,11 @@ import pynwb
 import pytest
 from numpy.typing import NDArray
 
-from prep import ceiling, synthetic
-from prep.ceiling import Floats, Reference
-from prep.synthetic import PRESETS, Samples, Session
+from prep import brain, brain_draw, ceiling, synthetic
+from prep.brain import Floats
+from prep.brain_draw import Samples
+from prep.ceiling import Reference
+from prep.synthetic import PRESETS, Session
 
 KNOWN = ("behavior", "stimulus")
 
@@ -55,9 +57,9 @@ def row(rows: list[Reference], task: str, visible: tuple[str, ...], stream: str 
 def counts_of(session: Session) -> Floats:
     """(n, U) counted from the recorded spike times, in the bins of the references."""
     assert isinstance(session.recorded, list)
-    first = session.course.start_ns // ceiling.BIN_NS
+    first = session.course.start_ns // brain.BIN_NS
     num_bins = len(ceiling.bin_start_ns(session.course))
-    bins = [np.floor(times_s * 1e9 / ceiling.BIN_NS).astype(np.int64) - first for times_s in session.recorded]
+    bins = [np.floor(times_s * 1e9 / brain.BIN_NS).astype(np.int64) - first for times_s in session.recorded]
     return np.stack([np.bincount(b, minlength=num_bins) for b in bins], 1).astype(np.float64)
 
 
@@ -170,8 +172,8 @@ def test_the_trace_reference_predicts_better_than_any_distortion_of_it(
 
 def test_the_phase_of_each_roi_is_part_of_the_reference(traces: Session, rows: dict[str, list[Reference]]) -> None:
     assert traces.imaging is not None
-    mean = ceiling.expected_counts(traces.law, traces.course, {"heading", "speed", "pupil", "stimulus"})
-    without = ceiling.fluorescence(replace(traces.imaging, offset_U=0 * traces.imaging.offset_U), mean)
+    mean = brain.expected_counts(traces.law, traces.course, {"heading", "speed", "pupil", "stimulus"})
+    without = brain.fluorescence(replace(traces.imaging, offset_U=0 * traces.imaging.offset_U), mean)
     score = scorer(traces)
     assert score(row(rows["traces"], "encoding", KNOWN)) > score(without.astype(np.float64))
 
@@ -183,8 +185,8 @@ def test_the_exact_reference_is_the_average_over_everything_that_is_hidden(visib
     exact = pooled(row(synthetic.references(session), "encoding", visible))
     total, squares, means = np.zeros_like(exact), np.zeros_like(exact), []
     for _ in range(num_draws):
-        shown = session.shown if "stimulus" in visible else synthetic.draw_presentation(rng, spec)
-        course = synthetic.draw_course(rng, spec, session.law, session.behavior, shown)
+        shown = session.shown if "stimulus" in visible else brain_draw.draw_presentation(rng, spec)
+        course = brain_draw.draw_course(rng, spec, session.law, session.behavior, shown)
         counts = pooled(ceiling.per_bin(course.counts_TU).astype(np.float64))
         total, squares = total + counts, squares + counts**2
         means.append(counts.mean())
@@ -267,7 +269,7 @@ def test_a_linear_model_reaches_at_most_60_percent_of_the_trace_ceiling(
 
 def test_units_fire_between_1_and_10_hz_on_average(spikes: Session, traces: Session) -> None:
     for session in (spikes, traces):
-        rate_hz = session.course.counts_TU[ceiling.BURN_STEPS :].mean(0) / ceiling.STEP_S
+        rate_hz = session.course.counts_TU[brain.BURN_STEPS :].mean(0) / brain.STEP_S
         assert rate_hz.min() > 1 and rate_hz.max() < 10
 
 
@@ -334,7 +336,7 @@ def test_the_same_seed_gives_the_same_arrays_and_another_seed_others(
 def test_a_clock_that_starts_far_from_zero_keeps_sub_microsecond_spike_times(written: tuple[list[Path], Path]) -> None:
     session = synthetic.synthesize(PRESETS["test"][0], seed=0)
     at_zero = replace(session.course, start_ns=0)
-    near, far = (synthetic.draw_spike_times(np.random.default_rng(0), c) for c in (at_zero, session.course))
+    near, far = (brain_draw.draw_spike_times(np.random.default_rng(0), c) for c in (at_zero, session.course))
     origin_s = session.course.start_ns / 1e9
     assert origin_s > 1.2e7
     np.testing.assert_allclose(np.concatenate(far) - origin_s, np.concatenate(near), atol=1e-8, rtol=0)

@@ -1,4 +1,7 @@
-"""Tests of prep/tokens.py."""
+"""Spikes and samples are cut into tokens: each once, at its place.
+
+In: arrays made up here. Out: nothing.
+"""
 
 import numpy as np
 

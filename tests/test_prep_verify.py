@@ -12,7 +12,8 @@ import pytest
 from store_builders import build_store, tree
 
 from prep.__main__ import main
-from prep.store import Store, StoreError
+from prep.disk import StoreError
+from prep.store import Store
 from prep.verify import verify
 
 NUM_FLIPS = 40
@@ -67,8 +68,10 @@ def test_a_sound_store_passes_and_says_so(store: Path, capsys: pytest.CaptureFix
     assert "d1/s1.zarr" in shown and "all is as it was written" in shown
 
 
-def test_one_flipped_byte_anywhere_is_found_and_never_read_as_data(store: Path) -> None:
-    rng = np.random.default_rng(1)
+def test_one_flipped_byte_anywhere_is_found_and_never_read_as_data(tmp_path: Path) -> None:
+    store, rng = tmp_path / "store", np.random.default_rng(1)
+    (tmp_path / "recording.nwb").write_text("a recording")
+    build_store(store, tmp_path / "recording.nwb", "s1")
     truth = read_everything(store)
     files = [name for name in tree(store) if (store / name).stat().st_size]
     kinds = [name for name in files if "/" not in name or ".manifest." in name or "/c/" in name or "digests" in name]

@@ -19,9 +19,9 @@ from pathlib import Path
 
 import pytest
 
-from train import hostfile, launch
+from train import hostfile, launch, ranks
 from train.hostfile import Host, HostfileError
-from train.launch import LaunchError
+from train.ranks import LaunchError
 
 ROOT = Path(__file__).resolve().parent.parent
 HERE = [Host("localhost", 2)]
@@ -132,7 +132,7 @@ def test_a_rank_that_is_killed_is_named_with_its_signal(tmp_path: Path, capsys: 
 def test_a_rank_that_ignores_sigterm_is_killed_with_its_helpers(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(launch, "KILL_GRACE_S", 0.3)
+    monkeypatch.setattr(ranks, "KILL_GRACE_S", 0.3)
     code = (
         "import subprocess\n"
         "if os.environ['RANK'] == '1':\n"

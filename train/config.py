@@ -74,7 +74,7 @@ class DataConfig:
     context_s: float = 2.0
     stride_s: float = 1.0  # between two windows of the train split; each is moved by up to this much
     max_units: int = 64  # units of a window in training, drawn by the sample's own seed
-    max_queries: int = 384  # hidden tokens that are predicted in training, drawn likewise
+    max_queries: int = 2048  # hidden tokens that are predicted in training, drawn likewise
     max_frames: int = 32
     num_workers: int = 0  # loader processes per rank; 0 = a thread
 

@@ -107,9 +107,9 @@ class WindowReader:
                 too_long = stream["samples_per_token"] > self.samples_per_token
                 if stream["kind"] != "frames" and too_long:
                     raise ConfigError(
-                        f"{entry['path']}: stream {stream['name']} has {stream['samples_per_token']} samples per token; "
-                        f"the model reads {self.samples_per_token}. "
-                        "Set model.overrides.samples_per_token to at least that."
+                        f"{entry['path']}: stream {stream['name']} has {stream['samples_per_token']} samples "
+                        f"per token; the model reads {self.samples_per_token}. Set "
+                        "model.overrides.samples_per_token to at least that."
                     )
 
     def sources(self, index: int) -> Sources:
@@ -270,12 +270,17 @@ def budget(store: Store, data: DataConfig, family: Family) -> Budget:
     num_activity = units * activity
     inputs = {"encoding": behavior, "inpainting": num_activity + behavior}.get(family, num_activity)
     asked = {"decoding": behavior, "inpainting": num_activity + behavior}.get(family, num_activity)
-    frames = data.max_frames if family in ("encoding", "inpainting") and _has_frames(store) else 1
-    return Budget(units + channels, max(1, inputs), max(1, min(asked, data.max_queries)), frames)
+    frames = min(data.max_frames, _most_frames(store, context_ns)) if family in ("encoding", "inpainting") else 0
+    return Budget(units + channels, max(1, inputs), max(1, min(asked, data.max_queries)), max(1, frames))
 
 
-def _has_frames(store: Store) -> bool:
-    return any(stream["kind"] == "frames" for entry in store.entries for stream in entry["streams"])
+def _most_frames(store: Store, context_ns: int) -> int:
+    return max(
+        sum(
+            context_ns // max(1, stream["duration_ns"]) + 1 for stream in entry["streams"] if stream["kind"] == "frames"
+        )
+        for entry in store.entries
+    )
 
 
 def make_sample(
@@ -296,13 +301,12 @@ def make_sample(
         "input_observed": pad(window.observed[inputs], shape.num_inputs),
         "input_source": pad(tokens.source[inputs], shape.num_inputs),
         "input_time_s": pad(middle_s[inputs], shape.num_inputs),
-        "input_sample_s": pad(window.sample_s[inputs], shape.num_inputs, 1.0),
         "input_mask": pad(np.ones(len(inputs), np.bool_), shape.num_inputs),
         "pixels": pad(window.pixels[frames], shape.num_frames),
         "frame_time_s": pad(window.frame_time_s[frames], shape.num_frames),
         "frame_mask": pad(np.ones(len(frames), np.bool_), shape.num_frames),
         "query_source": pad(tokens.source[asked], shape.num_queries),
-        "query_time_s": pad(middle_s[asked], shape.num_queries),
+        "query_time_s": pad(tokens.start_s[asked].astype(np.float32), shape.num_queries),
         "query_sample_s": pad(window.sample_s[asked], shape.num_queries, 1.0),
         "labels": pad(window.labels[asked], shape.num_queries),
         "label_mask": pad(window.observed[asked], shape.num_queries),

@@ -1,7 +1,7 @@
 """From a checkpoint to a hub folder: safetensors, configuration, modeling files, units by key, model card.
 
-In: a run folder. Out: a folder that `AutoModelForPreTraining.from_pretrained(…, trust_remote_code=True)` loads anywhere,
-proven in a clean process that cannot import this repository.
+In: a run folder. Out: a folder that `AutoModelForPreTraining.from_pretrained(…, trust_remote_code=True)` loads
+anywhere, proven in a clean process that cannot import this repository.
 """
 
 import argparse
@@ -39,6 +39,8 @@ def export(trained: Trained, hub: Path, evaluation: dict[str, Any] | None) -> No
         raise ExportError(f"{hub} is neither empty nor a hub folder. Give another --hub.")
     with tempfile.TemporaryDirectory(dir=hub.parent, prefix=f".{hub.name}.") as temporary:
         folder = Path(temporary) / "hub"
+        # transformers registers the class that is saved; the trunk alone is to be had from the same files
+        trained.model.config.auto_map = {"AutoModel": "modeling_brainloom.BrainloomModel"}
         trained.model.save_pretrained(folder)
         processor(trained).save_pretrained(folder)
         (folder / "README.md").write_text(model_card(trained, evaluation))

@@ -8,57 +8,22 @@ Out: an exit code (0 only when every rank ended with 0), and `rank-0000r.log` pe
 from __future__ import annotations
 
 import argparse
-import codecs
 import contextlib
-import ctypes
 import os
-import queue
 import re
 import shlex
 import shutil
-import signal
 import socket
-import subprocess
 import sys
-import threading
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
 from pathlib import Path
-from types import FrameType
 
 from train import hostfile
 from train.hostfile import Host, HostfileError
+from train.ranks import LaunchError, Signals, Started, end, say, start, supervise
 
-KILL_GRACE_S = 5.0  # between SIGTERM and SIGKILL, after a rank has failed
-RUNNER_GRACE_S = 40.0  # the same for DeepSpeed's runner, which gives its ranks 30 s
-STOP_GRACE_S = 120.0  # the same after a signal to the launcher: long enough to save a checkpoint
-SETTLE_S = 0.5  # ranks that fail this soon after the first may be its victims or its cause
-NUM_LAST_LINES = 25
 FORWARDED = re.compile(r"(DS_ACCELERATOR|OMP_NUM_THREADS|TORCH_EXTENSIONS_DIR|(GLOO|HF|BRAINLOOM|TORCH_NCCL)_\w+)$")
-
-# What a healthy rank says when a peer has gone: such a rank is a victim, another one the cause.
-_VICTIM = re.compile(r"Connection (closed|reset) by peer|Broken pipe|remote process exited|Connection refused")
-_STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-
-
-class LaunchError(ValueError):
-    """A launch that cannot start; the message says what is wrong, where, and what to do."""
-
-
-@dataclass(frozen=True)
-class _Started:
-    """A process that was started: its name in messages, its log, and where this run begins in the log."""
-
-    name: str
-    process: subprocess.Popen[bytes]
-    log: Path
-    log_start: int
-    is_runner: bool = False  # DeepSpeed's runner: it ends the ranks on other hosts if it gets SIGTERM and the time
-
-
-_Exit = tuple[_Started, int]  # with its return code
-_Exits = queue.SimpleQueue[_Exit]
 
 
 def launch(hosts: list[Host], command: list[str], log_dir: Path, env: Mapping[str, str]) -> int:
@@ -69,15 +34,15 @@ def launch(hosts: list[Host], command: list[str], log_dir: Path, env: Mapping[st
     stop signal ends the run within seconds. Raises LaunchError or HostfileError before anything has started.
     """
     log_dir.mkdir(parents=True, exist_ok=True)
-    with _Signals() as signals:
+    with Signals() as signals:
         if _all_here(hosts):
             started = _start_here(hosts[0], command, log_dir, env)
         else:
             started = [_start_elsewhere(hosts, command, log_dir, env)]
         try:
-            return _supervise(started, signals)
+            return supervise(started, signals)
         finally:
-            _end(started)
+            end(started)
 
 
 def plan(hosts: list[Host], command: list[str], log_dir: Path, env: Mapping[str, str]) -> str:
@@ -159,55 +124,20 @@ def _free_port() -> str:
         return str(probe.getsockname()[1])
 
 
-def _start_here(host: Host, command: list[str], log_dir: Path, env: Mapping[str, str]) -> list[_Started]:
+def _start_here(host: Host, command: list[str], log_dir: Path, env: Mapping[str, str]) -> list[Started]:
     for lock in clear_stale_locks(extensions_dir(env), time.time()):
-        _say(f"launch: removed {lock}: a build that was killed left it, and every rank would have waited for it")
+        say(f"launch: removed {lock}: a build that was killed left it, and every rank would have waited for it")
     port = _free_port()
-    _say(f"launch: {host.slots} rank(s) on this machine, port {port}, logs in {log_dir}")
-    started: list[_Started] = []
+    say(f"launch: {host.slots} rank(s) on this machine, port {port}, logs in {log_dir}")
+    started: list[Started] = []
     try:
         for rank in range(host.slots):
             rank_env = rank_environment(rank, host.slots, port, env)
-            started.append(_start(f"rank {rank}", command, log_dir / f"rank-{rank:05d}.log", rank_env))
+            started.append(start(f"rank {rank}", command, log_dir / f"rank-{rank:05d}.log", rank_env))
     except BaseException:
-        _end(started)
+        end(started)
         raise
     return started
-
-
-def _start(name: str, command: list[str], log: Path, env: Mapping[str, str], is_runner: bool = False) -> _Started:
-    # Appended: the log of the run that failed is what a restart is about to need.
-    with open(log, "ab") as file:
-        try:
-            process = subprocess.Popen(
-                command,
-                stdin=subprocess.DEVNULL,
-                stdout=file,
-                stderr=subprocess.STDOUT,
-                env=dict(env),
-                process_group=0,
-                preexec_fn=_die_with_parent(signal.SIGTERM if is_runner else signal.SIGKILL),
-            )
-        except OSError as error:
-            raise LaunchError(
-                f"launch: {name} cannot start {command[0]!r}: {error.strerror}; expected a program. Check the command."
-            ) from None
-        return _Started(name, process, log, file.tell(), is_runner)
-
-
-def _die_with_parent(number: int) -> Callable[[], None] | None:
-    """Linux: the kernel sends `number` to a rank when the launcher's thread that started it ends, however it ends."""
-    if sys.platform != "linux":
-        return None
-    libc = ctypes.CDLL(None)  # loaded before the fork, where little is safe
-    parent = os.getpid()
-
-    def in_child() -> None:
-        libc.prctl(1, number)  # 1 is PR_SET_PDEATHSIG
-        if os.getppid() != parent:  # the parent died before the call
-            os._exit(1)
-
-    return in_child
 
 
 def clear_stale_locks(directory: Path, before: float) -> list[Path]:
@@ -294,7 +224,7 @@ def _users_own_lines(env: Mapping[str, str]) -> list[str]:
     return [line for line in lines if "=" in line and not line.lstrip().startswith("#")]
 
 
-def _start_elsewhere(hosts: list[Host], command: list[str], log_dir: Path, env: Mapping[str, str]) -> _Started:
+def _start_elsewhere(hosts: list[Host], command: list[str], log_dir: Path, env: Mapping[str, str]) -> Started:
     runner = deepspeed_command(command, log_dir, env)
     if shutil.which("pdsh", path=env.get("PATH")) is None:
         raise LaunchError(
@@ -304,153 +234,10 @@ def _start_elsewhere(hosts: list[Host], command: list[str], log_dir: Path, env: 
     hostfile.write(log_dir / "hostfile", hosts, "the hosts of this launch")
     hostfile.check_answers(hosts)
     (log_dir / "environment").write_text("\n".join(forwarded_environment(env)) + "\n", encoding="utf-8")
-    _say(f"launch: {sum(host.slots for host in hosts)} ranks on {len(hosts)} host(s), log {log_dir / 'launcher.log'}")
+    say(f"launch: {sum(host.slots for host in hosts)} ranks on {len(hosts)} host(s), log {log_dir / 'launcher.log'}")
     # The runner joins this name to the home and working folders: an absolute one stays as it is.
     runner_env = {**env, "DS_ENV_FILE": str((log_dir / "environment").resolve())}
-    return _start("the DeepSpeed runner", runner, log_dir / "launcher.log", runner_env, is_runner=True)
-
-
-class _Signals:
-    """While open, signals to this process are noted instead of acted on; the watching loop passes them on."""
-
-    def __init__(self) -> None:
-        self.stop: int | None = None
-        self.num_stops = 0
-        self.waiting: list[int] = []
-        self._before: dict[signal.Signals, object] = {}
-
-    def __enter__(self) -> _Signals:
-        if threading.current_thread() is threading.main_thread():  # elsewhere Python allows no handlers
-            for number in (*_STOP_SIGNALS, signal.SIGUSR1):
-                if number is not signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:  # respect nohup
-                    self._before[number] = signal.signal(number, self._note)
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)  # type: ignore[arg-type]
-
-    def _note(self, number: int, frame: FrameType | None) -> None:
-        self.waiting.append(number)
-        if number in _STOP_SIGNALS:
-            self.stop = self.stop or number
-            self.num_stops += 1
-
-    def pass_on(self, started: list[_Started]) -> None:
-        """Send each noted signal to the ranks themselves; their helpers are theirs to end."""
-        while self.waiting:
-            number = self.waiting.pop(0)
-            _say(f"launch: {signal.Signals(number).name}, passed on to {len(started)} process(es)")
-            for one in started:
-                if not one.is_runner:
-                    one.process.send_signal(number)
-                elif number in _STOP_SIGNALS:  # others would kill the runner and leave its ranks
-                    one.process.terminate()
-
-
-class _Follower:
-    """Copies what is appended to a log to our stdout."""
-
-    def __init__(self, started: _Started) -> None:
-        self._log = started.log
-        self._offset = started.log_start
-        self._decode = codecs.getincrementaldecoder("utf-8")("replace").decode
-
-    def copy(self) -> None:
-        # No log any more, or nobody who reads our stdout (`| head`): no reason to end a run.
-        with contextlib.suppress(OSError), open(self._log, "rb") as file:
-            file.seek(self._offset)
-            if new := file.read():
-                self._offset += len(new)
-                sys.stdout.write(self._decode(new))
-                sys.stdout.flush()
-
-
-def _supervise(started: list[_Started], signals: _Signals) -> int:
-    exits: _Exits = queue.SimpleQueue()
-    # One waiting thread each: the queue then holds the exits in the order in which they happened.
-    for one in started:
-        threading.Thread(target=lambda one=one: exits.put((one, one.process.wait())), daemon=True).start()
-    follower = _Follower(started[0])
-    running, deadline = len(started), float("inf")
-    while running:
-        signals.pass_on(started)
-        if signals.stop is not None:
-            deadline = min(deadline, time.monotonic() + STOP_GRACE_S)
-            if signals.num_stops > 1 or time.monotonic() > deadline:
-                break
-        exited = _next_exit(exits, 0.1)
-        follower.copy()
-        if exited is None:
-            continue
-        running -= 1
-        if exited[1] != 0 and signals.stop is None:
-            return _report(_first_failure(exited, exits), started, follower)
-    follower.copy()
-    return 0 if signals.stop is None else 128 + signals.stop
-
-
-def _next_exit(exits: _Exits, timeout_s: float) -> _Exit | None:
-    try:
-        return exits.get(timeout=timeout_s)
-    except queue.Empty:
-        return None
-
-
-def _first_failure(first: _Exit, exits: _Exits) -> _Exit:
-    """The first rank that failed, unless it only complains of a lost peer and another failed at the same time."""
-    failures = [first]
-    deadline = time.monotonic() + SETTLE_S
-    while (left_s := deadline - time.monotonic()) > 0:
-        if (exited := _next_exit(exits, left_s)) and exited[1] != 0:
-            failures.append(exited)
-    causes = [failure for failure in failures if not _VICTIM.search(_last_lines(failure[0]))]
-    return (causes or failures)[0]
-
-
-def _report(failure: _Exit, started: list[_Started], follower: _Follower) -> int:
-    _end(started)
-    follower.copy()
-    one, code = failure
-    lines = _last_lines(one).replace("\n", "\n  | ")
-    others = f" of {len(started)} failed first and the others were stopped" if len(started) > 1 else " failed"
-    _say(f"launch: {one.name}{others}: {_describe(code)}. Its last lines ({one.log}):\n  | {lines}")
-    return code if code > 0 else 128 - code
-
-
-def _describe(code: int) -> str:
-    if code >= 0:
-        return f"exit code {code}"
-    hint = " (out of memory? see `dmesg`)" if -code == signal.SIGKILL else ""
-    return f"signal {signal.Signals(-code).name}{hint}"
-
-
-def _last_lines(one: _Started) -> str:
-    """The last traceback in this run's part of the log, or the last lines."""
-    with open(one.log, "rb") as file:
-        size = file.seek(0, os.SEEK_END)
-        file.seek(max(one.log_start, size - 65536))
-        lines = file.read().decode(errors="replace").rstrip().splitlines()
-    tracebacks = [index for index, line in enumerate(lines) if "Traceback (most recent call last)" in line]
-    return "\n".join(lines[tracebacks[-1] if tracebacks else 0 :][-NUM_LAST_LINES:])
-
-
-def _end(started: list[_Started]) -> None:
-    """SIGTERM, some seconds, then SIGKILL to the whole group of each process, so that its helpers go as well."""
-    for one in started:
-        one.process.terminate()
-    start = time.monotonic()
-    for one in started:
-        deadline = start + (RUNNER_GRACE_S if one.is_runner else KILL_GRACE_S)
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            one.process.wait(max(0.0, deadline - time.monotonic()))
-        with contextlib.suppress(ProcessLookupError, PermissionError):  # nobody is left; macOS says the latter
-            os.killpg(one.process.pid, signal.SIGKILL)
-        one.process.wait()
-
-
-def _say(message: str) -> None:
-    print(message, file=sys.stderr, flush=True)
+    return start("the DeepSpeed runner", runner, log_dir / "launcher.log", runner_env, is_runner=True)
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -472,5 +259,5 @@ def main(args: argparse.Namespace) -> int:
             return 0
         return launch(hosts, command, args.out / "logs", os.environ)
     except (LaunchError, HostfileError, OSError) as error:
-        _say(f"{type(error).__name__}: {error}")
+        say(f"{type(error).__name__}: {error}")
         return 2

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from prep.settings import ConfigError
 from prep.store import Store
 from train.config import RunConfig
 from train.dataset import WindowReader, budget, collate, make_sample, split_windows
@@ -31,7 +32,7 @@ class TrainingSamples(Dataset[dict[str, Any]]):
         opened = Store(store)
         self.windows = split_windows(opened, "train", config.data.context_s, config.data.stride_s)
         if not len(self.windows):
-            raise ValueError(
+            raise ConfigError(
                 f"{store} has no window of {config.data.context_s} s in the train split. "
                 "Shorten data.context_s, or ingest longer recordings."
             )
@@ -81,7 +82,8 @@ def _read_ahead(items: Iterator[dict[str, Tensor]]) -> Iterator[dict[str, Tensor
     def put(item: dict[str, Tensor] | BaseException | None) -> None:
         while not stop.is_set():
             try:
-                return ready.put(item, timeout=0.1)
+                ready.put(item, timeout=0.1)
+                return
             except queue.Full:
                 continue
 

@@ -159,9 +159,8 @@ def _write_environment(engine: Engine, run_dir: Path, world_size: int, store: St
         "num_parameters_units": engine.table.weight.numel(),
     }
     (run_dir / "environment.json").write_text(json.dumps(environment, indent=1))
-    _say(
-        f"{engine.num_parameters:,} core parameters, {engine.table.weight.numel():,} in the unit table, {world_size} ranks"
-    )
+    units = engine.table.weight.numel()
+    _say(f"{engine.num_parameters:,} core parameters, {units:,} in the unit table, {world_size} ranks")
 
 
 def _say(message: str) -> None:

@@ -21,7 +21,7 @@ class MetricsLog:
     def __init__(self, run_dir: Path, first_step: int, num_steps: int, log_every: int) -> None:
         self._path = run_dir / "metrics.jsonl"
         self._keep_before(first_step)
-        self._file = open(self._path, "a")
+        self._file = open(self._path, "a")  # noqa: SIM115  open as long as the run
         self._board = SummaryWriter(str(run_dir / "tensorboard"), purge_step=first_step)
         self._first, self._num_steps, self._log_every = first_step, num_steps, log_every
         self._began_s = time.perf_counter()

@@ -40,7 +40,8 @@ class SourceTable:
 
     def unit_rows(self, session: int, first_unit: int, num_units: int) -> npt.NDArray[np.int64]:
         """Rows of units [first_unit, first_unit + num_units) of a session."""
-        return np.arange(num_units, dtype=np.int64) + self.first_row[session] + first_unit
+        first = int(self.first_row[session]) + first_unit
+        return np.arange(first, first + num_units, dtype=np.int64)
 
     def channel_rows(self, entry: dict[str, object], stream: dict[str, object]) -> npt.NDArray[np.int64]:
         """Rows of a behaviour stream's channels."""

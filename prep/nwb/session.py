@@ -133,10 +133,12 @@ def _nothing_to_use(session: Survey) -> str:
         return "intracellular recordings only; they are out of scope."
     reasons = Counter((row.neurodata_type, row.reason) for row in rows if "metadata" not in row.reason)
     told = [
-        f"{count} {kind}: {reason}" for (kind, reason), count in reasons.most_common(3) if kind != "ProcessingModule"
+        f"{count} {kind} ({reason.removeprefix(f'{kind} is ')})"
+        for (kind, reason), count in reasons.most_common(3)
+        if kind != "ProcessingModule"
     ]
-    instead = f" ({'; '.join(told)})" if told else ""
-    return f"nothing to use: no units, ROI traces, behaviour or stimulus pixels{instead}."
+    instead = f" It holds {', '.join(told)}." if told else ""
+    return f"nothing to use: no units, ROI traces, behaviour or stimulus pixels.{instead}"
 
 
 # ---------------------------------------------------------------- splits

@@ -18,7 +18,6 @@ class BrainloomConfig(PretrainedConfig):
         num_hidden_layers: layers of the trunk.
         num_attention_heads: heads H of every attention.
         intermediate_size: inner width of the SwiGLU blocks.
-        num_decoder_layers: cross-attention layers from queries to latents.
         unit_embed_size: width E of a row of the unit table.
         num_unit_features: length of a unit's measured features.
         samples_per_token: the most samples P that one token holds.
@@ -27,8 +26,10 @@ class BrainloomConfig(PretrainedConfig):
         context_s: length of a window in seconds.
         latent_hz: steps of the latent grid per second.
         latents_per_step: latents at each step.
+        readout_hz: times per second at which the latents are read out; between them predictions are interpolated.
         rope_min_period_s, rope_max_period_s: range of the rotary periods in seconds.
         modality_weights: weight of each modality's nats per observed value in the loss.
+        initializer_range: standard deviation of embeddings at the start.
         log_rate_limit: largest |log rate - log null rate| of a count.
     """
 
@@ -40,7 +41,6 @@ class BrainloomConfig(PretrainedConfig):
         num_hidden_layers: int = 4,
         num_attention_heads: int = 4,
         intermediate_size: int = 344,
-        num_decoder_layers: int = 1,
         unit_embed_size: int = 64,
         num_unit_features: int = 8,
         samples_per_token: int = 16,
@@ -49,12 +49,13 @@ class BrainloomConfig(PretrainedConfig):
         context_s: float = 2.0,
         latent_hz: float = 10.0,
         latents_per_step: int = 4,
+        readout_hz: float = 50.0,
         rope_min_period_s: float = 0.1,
         rope_max_period_s: float = 60.0,
         modality_weights: dict[str, float] | None = None,
         log_rate_limit: float = 6.0,
         rms_norm_eps: float = 1e-6,
-        initializer_range: float = 0.02,
+        initializer_range: float = 0.3,
         **kwargs: Any,
     ) -> None:
         if hidden_size % (2 * num_attention_heads):
@@ -68,7 +69,6 @@ class BrainloomConfig(PretrainedConfig):
         self.num_hidden_layers = num_hidden_layers
         self.num_attention_heads = num_attention_heads
         self.intermediate_size = intermediate_size
-        self.num_decoder_layers = num_decoder_layers
         self.unit_embed_size = unit_embed_size
         self.num_unit_features = num_unit_features
         self.samples_per_token = samples_per_token
@@ -77,6 +77,7 @@ class BrainloomConfig(PretrainedConfig):
         self.context_s = context_s
         self.latent_hz = latent_hz
         self.latents_per_step = latents_per_step
+        self.readout_hz = readout_hz
         self.rope_min_period_s = rope_min_period_s
         self.rope_max_period_s = rope_max_period_s
         self.modality_weights = modality_weights or {"spikes": 5.0, "traces": 1.0, "behavior": 1.0}

@@ -4,15 +4,16 @@ In: tokens that are visible (values, times, sources) and queries (source, time) 
 Out: for each query the expected value of its P samples, and the likelihood loss against a null model.
 
 Perceiver-style (Jaegle 2021; for spikes POYO, Azabou 2023): visible tokens are read into latents on a regular time
-grid, a trunk works on the latents alone, and queries read the latents.
+grid, a trunk works on the latents alone. What comes out is read once per time, into features that all sources share;
+a source's own readout, made from its identity, turns them into its prediction (a core and its readouts, as in
+Sinz 2018), so that asking for every unit at every time costs next to nothing.
 
 Shape suffixes: B batch, N visible tokens, Q queries, S sources, F frames, M patches of a frame, P samples per token,
-L latents, D hidden_size, E unit_embed_size, H heads, C channels of a head, T keys.
+L latents, G times of the readout grid, D hidden_size, E unit_embed_size, H heads, C channels of a head, T keys.
 """
 
 import math
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +24,7 @@ from transformers.utils.generic import ModelOutput
 from .configuration_brainloom import MODALITIES, BrainloomConfig
 
 SPIKES, TRACES, BEHAVIOR, STIMULUS = range(len(MODALITIES))
+Angles = tuple[Tensor, Tensor]  # cos and sin of rotary phases
 LOG_SCALE_LIMIT = 3.0  # a Gaussian's log standard deviation stays within +-3 of the train split's
 
 
@@ -80,11 +82,11 @@ class BrainloomZeroLinear(nn.Linear):
 class BrainloomMLP(nn.Module):
     """SwiGLU (Shazeer 2020)."""
 
-    def __init__(self, config: BrainloomConfig) -> None:
+    def __init__(self, config: BrainloomConfig, output: type[nn.Linear] = nn.Linear) -> None:
         super().__init__()
         self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
         self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.down_proj = BrainloomZeroLinear(config.intermediate_size, config.hidden_size, bias=False)
+        self.down_proj = output(config.intermediate_size, config.hidden_size, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
         """(…, D) to (…, D)."""
@@ -92,7 +94,7 @@ class BrainloomMLP(nn.Module):
         return down
 
 
-def rotary_angles(time_s: Tensor, config: BrainloomConfig) -> tuple[Tensor, Tensor]:
+def rotary_angles(time_s: Tensor, config: BrainloomConfig) -> Angles:
     """Cos and sin of the rotary phase (…, C/2) of times in seconds: RoPE (Su 2021) on real time, not on an index."""
     num_pairs = config.hidden_size // config.num_attention_heads // 2
     steps = torch.arange(num_pairs, device=time_s.device, dtype=torch.float32) / max(1, num_pairs - 1)
@@ -101,10 +103,10 @@ def rotary_angles(time_s: Tensor, config: BrainloomConfig) -> tuple[Tensor, Tens
     return phase.cos(), phase.sin()
 
 
-def rotate(x_BHTC: Tensor, angles: tuple[Tensor, Tensor]) -> Tensor:
+def rotate(x_BTHC: Tensor, angles: Angles) -> Tensor:
     """Turn channel pairs by the token's phase; angles are (B or 1, T, C/2)."""
-    cos, sin = (angle[:, None].to(x_BHTC.dtype) for angle in angles)
-    first, second = x_BHTC.chunk(2, dim=-1)
+    cos, sin = (angle[:, :, None].to(x_BTHC.dtype) for angle in angles)
+    first, second = x_BTHC.chunk(2, dim=-1)
     return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
 
 
@@ -127,26 +129,24 @@ class BrainloomAttention(nn.Module):
         self.k_norm = BrainloomRMSNorm(self.head_size, config.rms_norm_eps)
         self.time_bias = nn.Parameter(torch.ones(self.head_size))
 
-    def forward(
-        self,
-        x_BQD: Tensor,
-        context_BTD: Tensor,
-        value_BTD: Tensor,
-        query_angles: tuple[Tensor, Tensor],
-        key_angles: tuple[Tensor, Tensor],
-        key_mask_BT: Tensor | None = None,
-    ) -> Tensor:
-        """Queries (B, Q, D) find by `context_BTD` and read `value_BTD`, both (B, T, D), where `key_mask_BT` is true."""
+    def forward(self, x_BQD: Tensor, context_BTD: Tensor, q_angles: Angles, k_angles: Angles) -> Tensor:
+        """Queries (B, Q, D) read a context (B, T, D)."""
+        split = (self.num_heads, self.head_size)
         q, k, v = (
-            projection(source).unflatten(-1, (self.num_heads, self.head_size)).transpose(1, 2)
-            for projection, source in ((self.q_proj, x_BQD), (self.k_proj, context_BTD), (self.v_proj, value_BTD))
+            projection(source).unflatten(-1, split)
+            for projection, source in ((self.q_proj, x_BQD), (self.k_proj, context_BTD), (self.v_proj, context_BTD))
         )
-        q = rotate(self.q_norm(q) + self.time_bias, query_angles)
-        k = rotate(self.k_norm(k) + self.time_bias, key_angles)
-        mask = None if key_mask_BT is None else key_mask_BT[:, None, None, :]
-        read = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
-        out: Tensor = self.o_proj(read.transpose(1, 2).flatten(2))
+        q = rotate(self.q_norm(q) + self.time_bias, q_angles)
+        k = rotate(self.k_norm(k) + self.time_bias, k_angles)
+        out: Tensor = self.o_proj(attend(q, k, v))
         return out
+
+
+def attend(q_BQHC: Tensor, k_BTHC: Tensor, v_BTHC: Tensor, key_mask_BT: Tensor | None = None) -> Tensor:
+    """Softmax attention (B, Q, H * C); keys where the mask is false are not seen."""
+    mask = None if key_mask_BT is None else key_mask_BT[:, None, None, :]
+    q, k, v = (x.transpose(1, 2) for x in (q_BQHC, k_BTHC, v_BTHC))
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2).flatten(2)
 
 
 class BrainloomLayer(nn.Module):
@@ -157,49 +157,13 @@ class BrainloomLayer(nn.Module):
         self.input_layernorm = BrainloomRMSNorm(config.hidden_size, config.rms_norm_eps)
         self.self_attn = BrainloomAttention(config, BrainloomZeroLinear)
         self.post_attention_layernorm = BrainloomRMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.mlp = BrainloomMLP(config)
+        self.mlp = BrainloomMLP(config, BrainloomZeroLinear)
 
-    def forward(self, x_BLD: Tensor, angles: tuple[Tensor, Tensor]) -> Tensor:
+    def forward(self, x_BLD: Tensor, angles: Angles) -> Tensor:
         """(B, L, D) to (B, L, D)."""
         normed = self.input_layernorm(x_BLD)
-        x_BLD = x_BLD + self.self_attn(normed, normed, normed, angles, angles)
+        x_BLD = x_BLD + self.self_attn(normed, normed, angles, angles)
         out: Tensor = x_BLD + self.mlp(self.post_attention_layernorm(x_BLD))
-        return out
-
-
-class BrainloomCrossLayer(nn.Module):
-    """One layer in which queries read a context; what is read is normed, and gated by who asks.
-
-    A mean over many sources is small, and the smaller the more there are: without the norm on what was read, the
-    signal would drown beside the queries' own embedding.
-    """
-
-    def __init__(self, config: BrainloomConfig) -> None:
-        super().__init__()
-        size, eps = config.hidden_size, config.rms_norm_eps
-        self.query_layernorm = BrainloomRMSNorm(size, eps)
-        self.context_layernorm = BrainloomRMSNorm(size, eps)
-        self.cross_attn = BrainloomAttention(config)
-        self.read_layernorm = BrainloomRMSNorm(size, eps)
-        self.gate_proj = nn.Linear(size, size, bias=False)
-        self.post_attention_layernorm = BrainloomRMSNorm(size, eps)
-        self.mlp = BrainloomMLP(config)
-
-    def forward(
-        self,
-        x_BQD: Tensor,
-        context_BTD: Tensor,
-        value_BTD: Tensor,
-        query_angles: tuple[Tensor, Tensor],
-        key_angles: tuple[Tensor, Tensor],
-        key_mask_BT: Tensor | None = None,
-    ) -> Tensor:
-        """(B, Q, D) reads `value_BTD` (B, T, D), found by `context_BTD`."""
-        query = self.query_layernorm(x_BQD)
-        context = self.context_layernorm(context_BTD)
-        read = self.cross_attn(query, context, value_BTD, query_angles, key_angles, key_mask_BT)
-        x_BQD = x_BQD + self.read_layernorm(read) * (1 + self.gate_proj(query))
-        out: Tensor = x_BQD + self.mlp(self.post_attention_layernorm(x_BQD))
         return out
 
 
@@ -220,43 +184,8 @@ class BrainloomIdentity(nn.Module):
         return identity + self.modality_embed[source_modality_BS]
 
 
-class BrainloomTokenEmbedding(nn.Module):
-    """A token's content is its P samples, seen through its source's identity; it is found by content and identity.
-
-    Which samples exist, and how far apart they are, is only searched by: content is zero where nothing happens.
-    """
-
-    def __init__(self, config: BrainloomConfig) -> None:
-        super().__init__()
-        num_samples = config.samples_per_token
-        self.value_proj = nn.ModuleList(nn.Linear(num_samples, config.hidden_size, bias=False) for _ in MODALITIES[:3])
-        self.shape_proj = nn.Linear(num_samples + 1, config.hidden_size, bias=False)
-        self.gate_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
-
-    def forward(
-        self,
-        values_BNP: Tensor,
-        observed_BNP: Tensor,
-        identity_BSD: Tensor,
-        source_BN: Tensor,
-        geometry_BN: Tensor,
-        modality_BN: Tensor,
-    ) -> tuple[Tensor, Tensor]:
-        """Content and content with identity, both (B, N, D). Every modality's projection runs on every token: all ranks run all branches."""
-        gate_BND = take_sources(1 + self.gate_proj(identity_BSD), source_BN)
-        identity_BND = take_sources(identity_BSD, source_BN)
-        observed = observed_BNP.to(identity_BND.dtype)
-        values = torch.where(observed_BNP, values_BNP.to(identity_BND.dtype), 0.0)
-        shape = torch.cat([observed, geometry_BN[..., None].to(identity_BND.dtype)], dim=-1)
-        value_BND = identity_BND.new_zeros(identity_BND.shape)
-        for modality, projection in enumerate(self.value_proj):
-            value_BND = torch.where((modality_BN == modality)[..., None], projection(values), value_BND)
-        content_BND = value_BND * gate_BND
-        return content_BND, content_BND + identity_BND + self.shape_proj(shape)
-
-
-class BrainloomPatchEmbedding(nn.Module):
-    """Stimulus frames to patch tokens."""
+class BrainloomPatches(nn.Module):
+    """Stimulus frames as patches: a content that is read, and a place on the screen by which it is found."""
 
     def __init__(self, config: BrainloomConfig) -> None:
         super().__init__()
@@ -267,12 +196,125 @@ class BrainloomPatchEmbedding(nn.Module):
         self.position_embed = nn.Parameter(torch.zeros(num_patches, config.hidden_size))
 
     def forward(self, pixels_BFHW: Tensor, frame_mask_BF: Tensor) -> tuple[Tensor, Tensor]:
-        """Content and content with position, both (B, F * M, D); masked frames are zeroed before anything is computed from them."""
+        """Contents and places, both (B, F * M, D); masked frames are zeroed first."""
         pixels = torch.where(frame_mask_BF[..., None, None], pixels_BFHW.to(self.pixel_proj.weight.dtype), 0.0)
         side = self.patch_size
         patches = pixels.unflatten(3, (-1, side)).unflatten(2, (-1, side)).transpose(3, 4).flatten(4).flatten(2, 3)
         content: Tensor = self.out_proj(F.silu(self.pixel_proj(patches)))
-        return content.flatten(1, 2), (content + self.position_embed).flatten(1, 2)
+        return content.flatten(1, 2), self.position_embed.expand_as(content).flatten(1, 2)
+
+
+class BrainloomEncoder(nn.Module):
+    """Latents read the visible tokens: found by who and when, read for what.
+
+    Keys are made of identity and time, values of the samples alone, gated by identity; so both are made once per
+    source. A source at its mean has no content, whence the mean over many sources is a signal around zero; it is
+    small, and normed before it joins the latents, or it would drown beside their own embedding.
+    """
+
+    def __init__(self, config: BrainloomConfig) -> None:
+        super().__init__()
+        size, eps = config.hidden_size, config.rms_norm_eps
+        self.heads = (config.num_attention_heads, size // config.num_attention_heads)
+        self.source_layernorm = BrainloomRMSNorm(size, eps)
+        self.q_proj = nn.Linear(size, size, bias=False)
+        self.k_proj = nn.Linear(size, size, bias=False)
+        self.gate_proj = nn.Linear(size, size, bias=False)
+        self.value_proj = nn.Linear(config.samples_per_token, size, bias=False)
+        self.patches = BrainloomPatches(config)
+        self.null_key = nn.Parameter(torch.zeros(1, size))
+        self.q_norm = BrainloomRMSNorm(self.heads[1], eps)
+        self.k_norm = BrainloomRMSNorm(self.heads[1], eps)
+        self.time_bias = nn.Parameter(torch.ones(self.heads[1]))
+        self.o_proj = nn.Linear(size, size, bias=False)
+        self.read_layernorm = BrainloomRMSNorm(size, eps)
+        self.post_attention_layernorm = BrainloomRMSNorm(size, eps)
+        self.mlp = BrainloomMLP(config)
+
+    def forward(
+        self,
+        latents_BLD: Tensor,
+        identity_BSD: Tensor,
+        values_BNP: Tensor,
+        source_BN: Tensor,
+        pixels_BFHW: Tensor,
+        frame_mask_BF: Tensor,
+        key_mask_BT: Tensor,
+        q_angles: Angles,
+        k_angles: Angles,
+    ) -> Tensor:
+        """Latents (B, L, D) that have read T = 1 + N + F * M keys: the null, the tokens, the patches.
+
+        The null key is always visible and holds nothing, so that a window in which nothing is visible is defined.
+        """
+        source_BSD = self.source_layernorm(identity_BSD)
+        gate_BND = take_sources(1 + self.gate_proj(source_BSD), source_BN)
+        content_BND = self.value_proj(values_BNP) * gate_BND
+        patch_content, place = self.patches(pixels_BFHW, frame_mask_BF)
+        null = self.null_key.expand(latents_BLD.shape[0], -1, -1)
+        key_BSD, key_place, key_null = (self._keys(x) for x in (source_BSD, place, null))
+        key = torch.cat([key_null, take_sources(key_BSD, source_BN), key_place], dim=1)
+        value = torch.cat([torch.zeros_like(null), content_BND, patch_content], dim=1)
+        query = self.q_norm(self.q_proj(latents_BLD).unflatten(-1, self.heads)) + self.time_bias
+        read = attend(
+            rotate(query, q_angles),
+            rotate(key.unflatten(-1, self.heads), k_angles),
+            value.unflatten(-1, self.heads),
+            key_mask_BT,
+        )
+        x_BLD = latents_BLD + self.read_layernorm(self.o_proj(read))
+        out: Tensor = x_BLD + self.mlp(self.post_attention_layernorm(x_BLD))
+        return out
+
+    def _keys(self, x_BTD: Tensor) -> Tensor:
+        key: Tensor = self.k_norm(self.k_proj(x_BTD).unflatten(-1, self.heads)) + self.time_bias
+        return key.flatten(2)
+
+
+class BrainloomDecoder(nn.Module):
+    """What the latents say at each time of a regular grid, as features that every source reads in its own way."""
+
+    def __init__(self, config: BrainloomConfig) -> None:
+        super().__init__()
+        size, eps = config.hidden_size, config.rms_norm_eps
+        self.config = config
+        self.time_embed = nn.Parameter(torch.zeros(1, size))
+        self.layernorm = BrainloomRMSNorm(size, eps)
+        self.cross_attn = BrainloomAttention(config)
+        self.post_attention_layernorm = BrainloomRMSNorm(size, eps)
+        self.mlp = BrainloomMLP(config)
+        self.norm = BrainloomRMSNorm(size, eps)
+        self.source_layernorm = BrainloomRMSNorm(size, eps)
+        self.readout_proj = BrainloomZeroLinear(size, 2 * size, bias=False)
+        self.bias_proj = BrainloomZeroLinear(size, 2)
+
+    def forward(self, latents_BLD: Tensor, latent_time_s: Tensor, identity_BSD: Tensor) -> Tensor:
+        """Readouts (B, S, G, 2): of each source at each time of the grid, two numbers for its likelihood."""
+        num_times = round(self.config.context_s * self.config.readout_hz)
+        grid_s = (
+            torch.arange(num_times, device=latents_BLD.device, dtype=torch.float32) + 0.5
+        ) / self.config.readout_hz
+        angles = rotary_angles(grid_s[None], self.config), rotary_angles(latent_time_s[None], self.config)
+        x_BGD = self.time_embed.expand(latents_BLD.shape[0], num_times, -1)
+        x_BGD = x_BGD + self.cross_attn(self.layernorm(x_BGD), latents_BLD, *angles)
+        x_BGD = self.norm(x_BGD + self.mlp(self.post_attention_layernorm(x_BGD)))
+        source_BSD = self.source_layernorm(identity_BSD)
+        weight = self.readout_proj(source_BSD).unflatten(-1, (2, -1)) / math.sqrt(x_BGD.shape[-1])
+        readout = torch.einsum("bsrd,bgd->bsgr", weight, x_BGD)
+        return readout + self.bias_proj(source_BSD)[:, :, None]
+
+
+def interpolate(readout_BSGR: Tensor, source_BQ: Tensor, time_BQP: Tensor, readout_hz: float) -> Tensor:
+    """Readouts (B, Q, P, 2) of sources at any time, linear between the times of the grid, constant beyond its ends."""
+    num_times = readout_BSGR.shape[2]
+    place = (time_BQP * readout_hz - 0.5).clamp(0, num_times - 1)
+    lower = place.floor().clamp(max=max(0, num_times - 2))
+    index = (source_BQ[..., None] * num_times + lower.long()).flatten(1)[..., None].expand(-1, -1, 2)
+    flat = readout_BSGR.flatten(1, 2)
+    below, above = (flat.gather(1, (index + step).clamp(max=flat.shape[1] - 1)) for step in (0, 1))
+    return torch.lerp(below, above, (place - lower).flatten(1)[..., None].to(flat.dtype)).unflatten(
+        1, time_BQP.shape[1:]
+    )
 
 
 class BrainloomPreTrainedModel(PreTrainedModel):
@@ -283,10 +325,9 @@ class BrainloomPreTrainedModel(PreTrainedModel):
     base_model_prefix = "model"
     main_input_name = "input_values"
     _supports_sdpa = True
-    _no_split_modules: ClassVar[list[str]] = ["BrainloomLayer", "BrainloomCrossLayer"]
+    _no_split_modules = ["BrainloomLayer", "BrainloomEncoder", "BrainloomDecoder"]  # noqa: RUF012  the library's own attribute
 
     def _init_weights(self, module: nn.Module) -> None:
-        std = self.config.initializer_range
         if isinstance(module, BrainloomZeroLinear):
             nn.init.zeros_(module.weight)
             if module.bias is not None:
@@ -297,15 +338,11 @@ class BrainloomPreTrainedModel(PreTrainedModel):
                 nn.init.zeros_(module.bias)
         elif isinstance(module, BrainloomRMSNorm):
             nn.init.ones_(module.weight)
-        elif isinstance(module, BrainloomAttention):
+        elif isinstance(module, BrainloomAttention | BrainloomEncoder):
             nn.init.ones_(module.time_bias)
-        elif isinstance(module, BrainloomIdentity):
-            nn.init.normal_(module.modality_embed, std=0.3)
-        elif isinstance(module, BrainloomPatchEmbedding):
-            nn.init.normal_(module.position_embed, std=1.0)
-        elif isinstance(module, BrainloomModel):
-            nn.init.normal_(module.latent_embed, std=1.0)
-            nn.init.normal_(module.null_token, std=std)
+        for name, parameter in module.named_parameters(recurse=False):
+            if name.endswith(("_embed", "_key")):
+                nn.init.normal_(parameter, std=self.config.initializer_range)
 
 
 class BrainloomModel(BrainloomPreTrainedModel):
@@ -314,11 +351,8 @@ class BrainloomModel(BrainloomPreTrainedModel):
     def __init__(self, config: BrainloomConfig) -> None:
         super().__init__(config)
         self.identity = BrainloomIdentity(config)
-        self.token_embed = BrainloomTokenEmbedding(config)
-        self.patch_embed = BrainloomPatchEmbedding(config)
-        self.null_token = nn.Parameter(torch.zeros(config.hidden_size))
         self.latent_embed = nn.Parameter(torch.zeros(config.latents_per_step, config.hidden_size))
-        self.encoder = BrainloomCrossLayer(config)
+        self.encoder = BrainloomEncoder(config)
         self.layers = nn.ModuleList(BrainloomLayer(config) for _ in range(config.num_hidden_layers))
         self.norm = BrainloomRMSNorm(config.hidden_size, config.rms_norm_eps)
         self.post_init()
@@ -338,7 +372,6 @@ class BrainloomModel(BrainloomPreTrainedModel):
         input_observed: Tensor,
         input_source: Tensor,
         input_time_s: Tensor,
-        input_sample_s: Tensor,
         input_mask: Tensor,
         pixels: Tensor,
         frame_time_s: Tensor,
@@ -354,36 +387,34 @@ class BrainloomModel(BrainloomPreTrainedModel):
             input_observed: which of them exist (B, N, P), bool.
             input_source: source of each token (B, N), an index into S.
             input_time_s: middle of each token (B, N), seconds from the window's start.
-            input_sample_s: seconds between two samples of the token (B, N).
             input_mask: which tokens are visible (B, N), bool; the others may hold anything, NaN too.
             pixels: stimulus frames (B, F, H, W), standardised.
             frame_time_s: when each frame came on (B, F).
             frame_mask: which frames are visible (B, F), bool.
         """
         identity_BSD = self.identity(unit_embeds, unit_features, source_modality)
-        modality_BN = source_modality.gather(1, input_source)
         observed_BNP = input_observed & input_mask[..., None]
-        time_BN = torch.where(input_mask, input_time_s, 0.0)
-        geometry_BN = sample_geometry(torch.where(input_mask, input_sample_s, 1.0))
-        content_BND, tokens_BND = self.token_embed(
-            input_values, observed_BNP, identity_BSD, input_source, geometry_BN, modality_BN
-        )
-        patch_content, patches = self.patch_embed(pixels, frame_mask)
-        num_patches = patches.shape[1] // max(1, pixels.shape[1])
-        batch = tokens_BND.shape[0]
-        null = self.null_token.expand(batch, 1, -1)
-        context = torch.cat([null, tokens_BND, patches], dim=1)
-        content = torch.cat([torch.zeros_like(null), content_BND, patch_content], dim=1)
+        values_BNP = torch.where(observed_BNP, input_values.to(identity_BSD.dtype), 0.0)
+        batch, num_patches = len(pixels), math.prod(side // self.config.patch_size for side in self.config.image_size)
+        null = input_mask.new_ones(batch, 1)
+        key_mask = torch.cat([null, input_mask, frame_mask.repeat_interleave(num_patches, dim=1)], dim=1)
+        token_time = torch.where(input_mask, input_time_s, 0.0)
         frame_time = torch.where(frame_mask, frame_time_s, 0.0).repeat_interleave(num_patches, dim=1)
-        key_time = torch.cat([time_BN.new_zeros(batch, 1), time_BN, frame_time], dim=1)
-        key_mask = torch.cat(
-            [input_mask.new_ones(batch, 1), input_mask, frame_mask.repeat_interleave(num_patches, dim=1)], dim=1
-        )
-        latent_time_s = self.latent_times(context.device)
-        latents = self.latent_embed.repeat(len(latent_time_s) // self.config.latents_per_step, 1)
+        key_time = torch.cat([token_time.new_zeros(batch, 1), token_time, frame_time], dim=1)
+        latent_time_s = self.latent_times(input_mask.device)
         angles = rotary_angles(latent_time_s[None], self.config)
-        key_angles = rotary_angles(key_time, self.config)
-        x_BLD = self.encoder(latents.expand(batch, -1, -1), context, content, angles, key_angles, key_mask)
+        latents = self.latent_embed.repeat(len(latent_time_s) // self.config.latents_per_step, 1)
+        x_BLD = self.encoder(
+            latents.expand(batch, -1, -1),
+            identity_BSD,
+            values_BNP,
+            input_source,
+            pixels,
+            frame_mask,
+            key_mask,
+            angles,
+            rotary_angles(key_time, self.config),
+        )
         for layer in self.layers:
             x_BLD = layer(x_BLD, angles)
         return BrainloomModelOutput(last_hidden_state=self.norm(x_BLD), latent_time_s=latent_time_s)
@@ -395,11 +426,7 @@ class BrainloomForPreTraining(BrainloomPreTrainedModel):
     def __init__(self, config: BrainloomConfig) -> None:
         super().__init__(config)
         self.model = BrainloomModel(config)
-        self.query_geometry = nn.Linear(1, config.hidden_size, bias=False)
-        self.decoder = nn.ModuleList(BrainloomCrossLayer(config) for _ in range(config.num_decoder_layers))
-        self.norm = BrainloomRMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.count_head = BrainloomZeroLinear(config.hidden_size, config.samples_per_token)
-        self.trace_head = BrainloomZeroLinear(config.hidden_size, 2 * config.samples_per_token)
+        self.decoder = BrainloomDecoder(config)
         self.post_init()
 
     def forward(
@@ -412,7 +439,6 @@ class BrainloomForPreTraining(BrainloomPreTrainedModel):
         input_observed: Tensor,
         input_source: Tensor,
         input_time_s: Tensor,
-        input_sample_s: Tensor,
         input_mask: Tensor,
         pixels: Tensor,
         frame_time_s: Tensor,
@@ -427,7 +453,9 @@ class BrainloomForPreTraining(BrainloomPreTrainedModel):
 
         Args:
             source_null: mean count per bin on the train split (B, S), positive; used for spikes alone.
-            query_source, query_time_s, query_sample_s: what is asked (B, Q), as for the input tokens.
+            query_source: source of each query (B, Q), an index into S.
+            query_time_s: when its first sample starts (B, Q), seconds from the window's start.
+            query_sample_s: seconds between its samples (B, Q).
             labels: the hidden samples (B, Q, P): counts for spikes, standardised values otherwise.
             label_mask: which labels were observed (B, Q, P), bool; the others may hold anything, NaN too.
         """
@@ -439,7 +467,6 @@ class BrainloomForPreTraining(BrainloomPreTrainedModel):
             input_observed=input_observed,
             input_source=input_source,
             input_time_s=input_time_s,
-            input_sample_s=input_sample_s,
             input_mask=input_mask,
             pixels=pixels,
             frame_time_s=frame_time_s,
@@ -447,21 +474,16 @@ class BrainloomForPreTraining(BrainloomPreTrainedModel):
         )
         latents_BLD = outputs.last_hidden_state
         identity_BSD = self.model.identity(unit_embeds, unit_features, source_modality)
-        x_BQD = take_sources(identity_BSD, query_source) + self.query_geometry(
-            sample_geometry(query_sample_s)[..., None]
-        )
-        query_angles = rotary_angles(query_time_s, self.config)
-        key_angles = rotary_angles(outputs.latent_time_s[None], self.config)
-        for layer in self.decoder:
-            x_BQD = layer(x_BQD, latents_BLD, latents_BLD, query_angles, key_angles)
-        x_BQD = self.norm(x_BQD)
-        delta = self.count_head(x_BQD).float()
-        mean, log_scale = self.trace_head(x_BQD).float().chunk(2, dim=-1)
+        readout_BSGR = self.decoder(latents_BLD, outputs.latent_time_s, identity_BSD).float()
+        modality_BQ = source_modality.gather(1, query_source)
+        sample = torch.arange(self.config.samples_per_token, device=query_time_s.device)
+        half_bin_BQ1 = 0.5 * (modality_BQ == SPIKES)[..., None]  # a count is of its bin, a trace of its instant
+        time_BQP = query_time_s[..., None] + (sample + half_bin_BQ1) * query_sample_s[..., None]
+        mean, log_scale = interpolate(readout_BSGR, query_source, time_BQP, self.config.readout_hz).unbind(-1)
         limit = self.config.log_rate_limit
         null_BQ1 = source_null.gather(1, query_source).float()[..., None]
-        log_rate = null_BQ1.log() + limit * torch.tanh(delta / limit)
+        log_rate = null_BQ1.log() + limit * torch.tanh(mean / limit)
         log_scale = LOG_SCALE_LIMIT * torch.tanh(log_scale / LOG_SCALE_LIMIT)
-        modality_BQ = source_modality.gather(1, query_source)
         predictions = torch.where((modality_BQ == SPIKES)[..., None], log_rate.exp(), mean)
         result = BrainloomPreTrainingOutput(predictions=predictions, log_scale=log_scale, last_hidden_state=latents_BLD)
         if labels is not None and label_mask is not None:
@@ -480,11 +502,6 @@ class BrainloomForPreTraining(BrainloomPreTrainedModel):
 def take_sources(identity_BSD: Tensor, source_BN: Tensor) -> Tensor:
     """The identity (B, N, D) of each token's source."""
     return identity_BSD.gather(1, source_BN[..., None].expand(-1, -1, identity_BSD.shape[-1]))
-
-
-def sample_geometry(sample_s: Tensor) -> Tensor:
-    """A bounded number for the time between two samples: 0 at 20 ms, +-1 a decade away."""
-    return (sample_s.clamp(min=1e-4) / 0.02).log10()
 
 
 def poisson_excess_nats(counts: Tensor, log_rate: Tensor, null_rate: Tensor) -> Tensor:

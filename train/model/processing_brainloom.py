@@ -131,13 +131,12 @@ class BrainloomProcessor(FeatureExtractionMixin):
             "input_observed": token["observed"][visible],
             "input_source": token["source"][visible],
             "input_time_s": token["middle_s"][visible],
-            "input_sample_s": token["sample_s"][visible],
             "input_mask": np.ones(len(visible), bool),
             "pixels": shown,
             "frame_time_s": times.astype(np.float32),
             "frame_mask": np.ones(len(shown), bool),
             "query_source": token["source"][asked],
-            "query_time_s": token["middle_s"][asked],
+            "query_time_s": token["start_s"][asked],
             "query_sample_s": token["sample_s"][asked],
             "labels": token["labels"][asked],
             "label_mask": token["observed"][asked],
@@ -155,6 +154,7 @@ class BrainloomProcessor(FeatureExtractionMixin):
         start_s = np.repeat(stream.start_s, num_sources) + np.tile(offset_s, num_times)
         return {
             "source": np.tile(np.arange(first, first + num_sources), num_times),
+            "start_s": start_s.astype(np.float32),
             "middle_s": middle(start_s, num_samples * stream.sample_s),
             "sample_s": np.full(len(values), stream.sample_s, np.float32),
             "standard": standard,
