@@ -10,7 +10,7 @@ import math
 import signal
 import sys
 import time
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -60,7 +60,6 @@ class Task:
     function: Callable[..., Any]
     args: tuple[Any, ...]
     future: Future | None = None
-    worker: str | None = None  # where it was sent
     is_second_try: bool = False
     is_dropped: bool = False
 
@@ -77,8 +76,7 @@ class Flow:
         self.later: deque[Task] = deque()
         self.flying: dict[Future, Task] = {}
         self.landed = as_completed()
-        self.lanes: dict[str, int] = {}  # threads by address of worker
-        self.asked = -math.inf
+        self.lanes, self.asked = 1, -math.inf
 
     def run(self, show: Callable[[], None]) -> None:
         """Work until nothing is left, which tasks may add to when they are done."""
@@ -97,23 +95,16 @@ class Flow:
 
     def _launch(self) -> bool:
         if time.monotonic() - self.asked > LANES_S:
-            self.lanes, self.asked = self.client.nthreads(), time.monotonic()
-        while (self.urgent or self.later) and len(self.flying) < max(1, sum(self.lanes.values())):
+            self.lanes, self.asked = max(1, sum(self.client.nthreads().values())), time.monotonic()
+        while len(self.flying) < self.lanes and (self.urgent or self.later):
             task = (self.urgent or self.later).popleft()
             if not task.is_dropped:
                 args = [arg.future if isinstance(arg, Task) else arg for arg in task.args]
-                task.worker = self._idlest()
-                # Left to itself, Dask sends a session's shards where its plan is, while other workers are idle.
-                where = {"workers": [task.worker], "allow_other_workers": True} if task.worker else {}
-                task.future = self.client.submit(guarded, task.where, task.function, *args, pure=False, **where)
+                # Not `workers=`: where such a worker dies, Dask 2026.8 leaves the task waiting for it for ever.
+                task.future = self.client.submit(guarded, task.where, task.function, *args, pure=False)
                 self.flying[task.future] = task
                 self.landed.add(task.future)
         return bool(self.flying)
-
-    def _idlest(self) -> str | None:
-        """The worker with the most threads that have nothing to do; None where none is known yet."""
-        busy = Counter(task.worker for task in self.flying.values())
-        return max(self.lanes, key=lambda worker: self.lanes[worker] - busy[worker], default=None)
 
     def _result(self, future: Future, where: str) -> Any:
         if future.status == "finished":

@@ -80,7 +80,7 @@ class BrainloomConfig(PretrainedConfig):
         self.readout_hz = readout_hz
         self.rope_min_period_s = rope_min_period_s
         self.rope_max_period_s = rope_max_period_s
-        self.modality_weights = modality_weights or {"spikes": 5.0, "traces": 1.0, "behavior": 1.0}
+        self.modality_weights = modality_weights or {"spikes": 20.0, "traces": 6.0, "behavior": 0.5}
         self.log_rate_limit = log_rate_limit
         self.rms_norm_eps = rms_norm_eps
         self.initializer_range = initializer_range

@@ -25,6 +25,7 @@ from .configuration_brainloom import MODALITIES, BrainloomConfig
 
 SPIKES, TRACES, BEHAVIOR, STIMULUS = range(len(MODALITIES))
 Angles = tuple[Tensor, Tensor]  # cos and sin of rotary phases
+TIME_BIAS = 1.2  # of queries and keys at the start: the larger, the nearer they look
 LOG_SCALE_LIMIT = 3.0  # a Gaussian's log standard deviation stays within +-3 of the train split's
 
 
@@ -113,7 +114,7 @@ def rotate(x_BTHC: Tensor, angles: Angles) -> Tensor:
 class BrainloomAttention(nn.Module):
     """Attention with QK-norm (Henry 2020) and rotary time.
 
-    The learned `time_bias` is added to queries and keys before they are turned. It starts at one, so that attention
+    The learned `time_bias` is added to queries and keys before they are turned. It starts positive, so that attention
     prefers what is near in time before anything is learned, and can be unlearned.
     """
 
@@ -339,7 +340,7 @@ class BrainloomPreTrainedModel(PreTrainedModel):
         elif isinstance(module, BrainloomRMSNorm):
             nn.init.ones_(module.weight)
         elif isinstance(module, BrainloomAttention | BrainloomEncoder):
-            nn.init.ones_(module.time_bias)
+            nn.init.constant_(module.time_bias, TIME_BIAS)
         for name, parameter in module.named_parameters(recurse=False):
             if name.endswith(("_embed", "_key")):
                 nn.init.normal_(parameter, std=self.config.initializer_range)
