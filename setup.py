@@ -2,7 +2,18 @@
 
 from setuptools import setup
 
-PREP = ["numpy", "h5py", "pynwb", "zarr>=3", "numcodecs", "google-crc32c", "dask[distributed]", "pyyaml", "rich", "scipy"]
+PREP = [
+    "numpy",
+    "h5py",
+    "pynwb",
+    "zarr>=3",
+    "numcodecs",
+    "google-crc32c",
+    "dask[distributed]",
+    "pyyaml",
+    "rich",
+    "scipy",
+]
 TRAIN = [
     "numpy",
     "torch",

@@ -102,6 +102,18 @@ def read_yaml(path: Path) -> dict[str, Any]:
     return content or {}
 
 
+class _StrictDumper(yaml.SafeDumper):
+    """Writes what _StrictLoader reads: a text that looks like a number is quoted."""
+
+
+_StrictDumper.yaml_implicit_resolvers = _StrictLoader.yaml_implicit_resolvers
+
+
+def write_yaml(path: Path, content: dict[str, Any]) -> None:
+    """Write a mapping that `read_yaml` reads back as it was; keys keep their order."""
+    path.write_text(yaml.dump(content, Dumper=_StrictDumper, sort_keys=False, allow_unicode=True), encoding="utf-8")
+
+
 def parse_value(text: str) -> Any:
     """The value of a `key=value` override, by the same rules as in a file."""
     try:

@@ -8,9 +8,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-import yaml
-
-from prep.settings import ConfigError, build, parse_value, read_yaml
+from prep.settings import ConfigError, build, parse_value, read_yaml, write_yaml
 
 Family = Literal["co_smoothing", "forecasting", "encoding", "decoding", "inpainting"]
 FAMILIES: tuple[Family, ...] = ("co_smoothing", "forecasting", "encoding", "decoding", "inpainting")
@@ -120,7 +118,7 @@ class RunConfig:
 
     def save(self, path: Path) -> None:
         """Write the resolved configuration as YAML."""
-        path.write_text(yaml.safe_dump(json.loads(json.dumps(asdict(self))), sort_keys=False))
+        write_yaml(path, json.loads(json.dumps(asdict(self))))
 
 
 def load(path: Path, overrides: list[str] | None = None) -> RunConfig:

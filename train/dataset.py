@@ -275,12 +275,11 @@ def budget(store: Store, data: DataConfig, family: Family) -> Budget:
 
 
 def _most_frames(store: Store, context_ns: int) -> int:
-    return max(
-        sum(
-            context_ns // max(1, stream["duration_ns"]) + 1 for stream in entry["streams"] if stream["kind"] == "frames"
-        )
-        for entry in store.entries
-    )
+    most = 0
+    for entry in store.entries:
+        frames = [stream for stream in entry["streams"] if stream["kind"] == "frames"]
+        most = max(most, sum(context_ns // max(1, int(stream["duration_ns"])) + 1 for stream in frames))
+    return most
 
 
 def make_sample(

@@ -1,6 +1,6 @@
 """The whole road on one machine: `python -m train demo`, each station a command that anyone can type.
 
-In: nothing. Out: a folder with synthetic NWB files, token store, run, hub folder, picture, predictions and summary.json.
+In: nothing. Out: a folder with synthetic NWB files, token store, run, hub folder, picture, predictions, summary.json.
 """
 
 import argparse

@@ -72,7 +72,12 @@ def _predict(trained: Trained, label: str, task: Task, session: int) -> dict[str
         time_s = window.tokens.start_s[asked][:, None] + sample * window.sample_s[asked][:, None]
         time_s = time_s + (start - starts[0]) / 1e9
         source = np.repeat(window.tokens.source[asked][:, None], len(sample), axis=1)
-        columns = {"time_s": time_s, "source": source, "truth": window.labels[asked], "prediction": prediction}
+        columns: dict[str, Array] = {
+            "time_s": time_s,
+            "source": source,
+            "truth": window.labels[asked],
+            "prediction": prediction,
+        }
         parts.append({name: column[observed] for name, column in columns.items()})
     return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
 

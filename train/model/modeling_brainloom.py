@@ -302,7 +302,8 @@ class BrainloomDecoder(nn.Module):
         source_BSD = self.source_layernorm(identity_BSD)
         weight = self.readout_proj(source_BSD).unflatten(-1, (2, -1)) / math.sqrt(x_BGD.shape[-1])
         readout = torch.einsum("bsrd,bgd->bsgr", weight, x_BGD)
-        return readout + self.bias_proj(source_BSD)[:, :, None]
+        out: Tensor = readout + self.bias_proj(source_BSD)[:, :, None]
+        return out
 
 
 def interpolate(readout_BSGR: Tensor, source_BQ: Tensor, time_BQP: Tensor, readout_hz: float) -> Tensor:
@@ -313,9 +314,9 @@ def interpolate(readout_BSGR: Tensor, source_BQ: Tensor, time_BQP: Tensor, reado
     index = (source_BQ[..., None] * num_times + lower.long()).flatten(1)[..., None].expand(-1, -1, 2)
     flat = readout_BSGR.flatten(1, 2)
     below, above = (flat.gather(1, (index + step).clamp(max=flat.shape[1] - 1)) for step in (0, 1))
-    return torch.lerp(below, above, (place - lower).flatten(1)[..., None].to(flat.dtype)).unflatten(
-        1, time_BQP.shape[1:]
-    )
+    share = (place - lower).flatten(1)[..., None].to(flat.dtype)
+    values: Tensor = torch.lerp(below, above, share).unflatten(1, time_BQP.shape[1:])
+    return values
 
 
 class BrainloomPreTrainedModel(PreTrainedModel):
