@@ -12,21 +12,16 @@ import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
-from deepspeed.utils import (
-    safe_get_local_fp32_param,
-    safe_get_local_optimizer_state,
-    safe_set_local_fp32_param,
-    safe_set_local_optimizer_state,
-)
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from train.engine import Engine
+if TYPE_CHECKING:
+    from train.engine import Engine
 
 CHECKPOINT_FORMAT = 1
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -81,7 +76,7 @@ class Checkpoint:
         return load_file(self.path / "unit_table.safetensors"), keys
 
 
-def save(engine: Engine, root: Path, step: int, state: dict[str, Any]) -> Path:
+def save(engine: "Engine", root: Path, step: int, state: dict[str, Any]) -> Path:
     """Write and seal a checkpoint; every rank calls it. Returns its folder."""
     final, temporary = root / f"step-{step:08d}", root / f".step-{step:08d}.partial"
     rank, world_size = dist.get_rank(), dist.get_world_size()
@@ -111,6 +106,11 @@ def partitioned(model: nn.Module) -> Iterator[tuple[str, Any]]:
 
 def local_fragments(model: nn.Module, rank: int) -> dict[str, Tensor]:
     """This rank's part of each parameter and its moments, by `name|kind|offset`; the padding is left out."""
+    from deepspeed.utils import (
+        safe_get_local_fp32_param,
+        safe_get_local_optimizer_state,
+    )  # slow; readers need none of it
+
     fragments = {}
     for name, parameter in partitioned(model):
         size = parameter.ds_tensor.numel()
@@ -124,7 +124,7 @@ def local_fragments(model: nn.Module, rank: int) -> dict[str, Tensor]:
     return fragments
 
 
-def _save_shared(engine: Engine, folder: Path, state: dict[str, Any]) -> None:
+def _save_shared(engine: "Engine", folder: Path, state: dict[str, Any]) -> None:
     shapes = {name: list(parameter.ds_shape) for name, parameter in partitioned(engine.model)}
     save_file(
         {name: tensor.cpu().contiguous() for name, tensor in engine.table.state().items()},
@@ -136,7 +136,7 @@ def _save_shared(engine: Engine, folder: Path, state: dict[str, Any]) -> None:
     (folder / "state.json").write_text(json.dumps(content, indent=1, sort_keys=True))
 
 
-def _optimizer_steps(engine: Engine) -> int:
+def _optimizer_steps(engine: "Engine") -> int:
     """Adam's step count; the sub-groups move together, so that there is one number."""
     inner = engine.optimizer.optimizer
     counts = {int(inner.state[flat]["step"]) for flat in engine.optimizer.fp32_partitioned_groups_flat}
@@ -154,6 +154,7 @@ def seal(folder: Path, step: int) -> None:
             with safe_open(path, "pt") as opened:
                 fragments[path.name] = {key: opened.get_slice(key).get_shape()[0] for key in opened.keys()}  # noqa: SIM118
     content = {"format": CHECKPOINT_FORMAT, "step": step, "files": files, "fragments": fragments}
+    content["sha256"] = _digest_of(content)
     temporary = folder / ".manifest.json"
     temporary.write_text(json.dumps(content, indent=1, sort_keys=True))
     _sync(temporary)
@@ -186,6 +187,8 @@ def open_checkpoint(folder: Path) -> Checkpoint:
             f"{folder} is checkpoint format {manifest.get('format')}; this code reads [{CHECKPOINT_FORMAT}]. "
             "Update the code."
         )
+    if manifest.get("sha256") != _digest_of(manifest):
+        raise CheckpointError(f"{manifest_path} is damaged (differs from its own digest). Use an earlier checkpoint.")
     for name, recorded in manifest["files"].items():
         path = folder / name
         if not path.exists() or path.stat().st_size != recorded["bytes"] or _sha256(path) != recorded["sha256"]:
@@ -195,8 +198,10 @@ def open_checkpoint(folder: Path) -> Checkpoint:
     return Checkpoint(folder, manifest)
 
 
-def restore(engine: Engine, checkpoint: Checkpoint) -> int:
+def restore(engine: "Engine", checkpoint: Checkpoint) -> int:
     """Put master weights, moments, working weights and unit rows back; returns the number of rows taken over."""
+    from deepspeed.utils import safe_set_local_fp32_param, safe_set_local_optimizer_state
+
     rank, state = dist.get_rank(), checkpoint.state()
     shapes = {name: list(parameter.ds_shape) for name, parameter in partitioned(engine.model)}
     if shapes != state["shapes"]:
@@ -225,7 +230,7 @@ def restore(engine: Engine, checkpoint: Checkpoint) -> int:
     return engine.table.load(*checkpoint.table())
 
 
-def _create_moments(engine: Engine, steps: int) -> None:
+def _create_moments(engine: "Engine", steps: int) -> None:
     """Adam makes its state at the first step; a resumed run needs it before."""
     inner = engine.optimizer.optimizer
     for flat in engine.optimizer.fp32_partitioned_groups_flat:
@@ -236,7 +241,7 @@ def _create_moments(engine: Engine, steps: int) -> None:
 def prune(root: Path, keep: int) -> None:
     """Keep the newest checkpoints; remove older ones and what was never sealed."""
     sealed = sorted(path for path in root.glob("step-*") if (path / "manifest.json").exists())
-    for folder in sealed[: max(0, len(sealed) - keep)]:
+    for folder in [*sealed[: max(0, len(sealed) - keep)], *root.glob(".step-*.partial")]:
         shutil.rmtree(folder)
 
 
@@ -248,6 +253,11 @@ def full_state(checkpoint: Checkpoint) -> dict[str, Tensor]:
         size = int(torch.Size(shape).numel())
         weights[name] = checkpoint.parameter(name, "master", 0, size).reshape(shape)
     return weights
+
+
+def _digest_of(manifest: dict[str, Any]) -> str:
+    content = {key: value for key, value in manifest.items() if key != "sha256"}
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def _sha256(path: Path) -> str:

@@ -3,6 +3,8 @@
 In: train/configs/*.yaml. Out: RunConfig, whose resolved form is saved with the run.
 """
 
+import difflib
+import inspect
 import json
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -53,6 +55,30 @@ PRESETS: dict[str, dict[str, Any]] = {
 }
 
 
+def _check_overrides(preset: dict[str, Any], overrides: dict[str, Any]) -> None:
+    """Refuse what the model would swallow without a word, and say what it refuses as a person's mistake."""
+    from train.model.configuration_brainloom import BrainloomConfig  # seconds: only where there is something to check
+
+    valid = [name for name in inspect.signature(BrainloomConfig).parameters if name not in ("context_s", "kwargs")]
+    for key, value in overrides.items():
+        if key == "context_s":
+            raise ConfigError("overrides.context_s belongs to the data. Set data.context_s.")
+        if key not in valid:
+            near = difflib.get_close_matches(key, valid, n=1)
+            hint = f"Did you mean {near[0]}?" if near else f"Valid here: {', '.join(sorted(valid))}."
+            raise ConfigError(f"overrides.{key} = {value!r} is not a known key. {hint}")
+    try:
+        BrainloomConfig(**{**preset, **overrides})
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"overrides: {error}") from error
+
+
+def _check_positive(section: Any, *names: str) -> None:
+    for name in names:
+        if getattr(section, name) <= 0:
+            raise ConfigError(f"{name} = {getattr(section, name)} must be more than 0.")
+
+
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
     """Which model: a preset, and what differs from it (keys of BrainloomConfig)."""
@@ -63,14 +89,16 @@ class ModelConfig:
     def __post_init__(self) -> None:
         if self.preset not in PRESETS:
             raise ConfigError(f"preset = {self.preset!r} is not known. Valid: {', '.join(PRESETS)}.")
+        if self.overrides:
+            _check_overrides(PRESETS[self.preset], self.overrides)
 
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
     """What a sample is."""
 
-    context_s: float = 2.0
-    stride_s: float = 1.0  # between two windows of the train split; each is moved by up to this much
+    context_s: float = 1.0
+    stride_s: float = 0.5  # between two windows of the train split; each is moved by up to this much
     max_units: int = 64  # units of a window in training, drawn by the sample's own seed
     max_queries: int = 2048  # hidden tokens that are predicted in training, drawn likewise
     max_frames: int = 32
@@ -79,6 +107,7 @@ class DataConfig:
     def __post_init__(self) -> None:
         if abs(self.context_s * 10 - round(self.context_s * 10)) > 1e-9 or self.context_s <= 0:
             raise ConfigError(f"context_s = {self.context_s} must be a positive multiple of 0.1 s (one token).")
+        _check_positive(self, "stride_s", "max_units", "max_queries", "max_frames")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,10 +115,10 @@ class OptimConfig:
     """How the parameters move."""
 
     num_steps: int = 100
-    global_batch_size: int = 16
-    micro_batch_size: int = 8
-    lr: float = 2e-3
-    unit_lr: float = 1e-2
+    global_batch_size: int = 32
+    micro_batch_size: int = 16
+    lr: float = 1e-3
+    unit_lr: float = 0.1
     weight_decay: float = 0.01
     warmup_steps: int = 20
     final_lr_fraction: float = 0.05
@@ -99,6 +128,7 @@ class OptimConfig:
     precision: Literal["fp32", "bf16"] = "fp32"
 
     def __post_init__(self) -> None:
+        _check_positive(self, "num_steps", "global_batch_size", "micro_batch_size", "clip_norm")
         if not self.families:
             raise ConfigError(f"families is empty. Give at least one of {list(FAMILIES)}.")
 
@@ -115,6 +145,11 @@ class RunConfig:
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     train: OptimConfig = field(default_factory=OptimConfig)
+
+    def __post_init__(self) -> None:
+        if self.seed < 0:
+            raise ConfigError(f"seed = {self.seed} must not be negative.")
+        _check_positive(self, "checkpoint_every", "keep_checkpoints", "log_every")
 
     def save(self, path: Path) -> None:
         """Write the resolved configuration as YAML."""

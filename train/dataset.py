@@ -137,6 +137,9 @@ class WindowReader:
                 rows, measured = self.source_table.unit_rows(index, first, size), features[first : first + size]
             modality = np.full(size, MODALITIES.index(stream["modality"]), np.int64)
             parts.append((modality, rows, measured, opened.mean, opened.scale, np.full(size, number), np.arange(size)))
+        if not parts:  # a session of pixels alone
+            none, numbers = np.zeros(0, np.int64), np.zeros(0, np.float32)
+            return Sources(none, none, np.zeros((0, num_features), np.float32), numbers, numbers, none, none)
         columns: list[Array] = [np.concatenate(column) for column in zip(*parts, strict=True)]
         return Sources(*columns)
 
@@ -213,13 +216,14 @@ class WindowReader:
                 else keep
             )
             rows = self.store.frames(description["stimulus"])
-            pixels += [rows.read(int(i), int(i) + 1)[0] for i in indices[keep]]
-            times += list((stream.start_ns[shown][keep] - start_ns) / 1e9)
+            if len(keep):  # each stimulus by itself: their sizes may differ
+                shots = np.stack([rows.read(int(i), int(i) + 1)[0] for i in indices[keep]])
+                pixels.append(resize_frames(shots, self.image_size))
+                times.append((stream.start_ns[shown][keep] - start_ns) / 1e9)
         if not pixels:
             return np.zeros((0, *self.image_size), np.float32), np.zeros(0, np.float32)
-        return resize_frames(np.stack(pixels[: self.max_frames]), self.image_size), np.array(
-            times[: self.max_frames], np.float32
-        )
+        first = slice(0, self.max_frames)
+        return np.concatenate(pixels)[first], np.concatenate(times)[first].astype(np.float32)
 
 
 def _choose_units(sources: Sources, max_units: int, chance: np.random.Generator) -> Sources:

@@ -216,11 +216,12 @@ def _columns(
         if stream["modality"] != "spikes":
             expected = (expected - window.sources.mean[source][:, None]) / window.sources.scale[source][:, None]
         columns["reference"] = expected.astype(np.float32)
+        observed = observed & np.isfinite(expected)
     return {name: column[observed] for name, column in columns.items()}
 
 
 def _at(reference: dict[str, Any], time_ns: Array, place: Array, sample_ns: int) -> Array:
-    """The reference's values at times (…) of sources (…); a sample it does not have is an error."""
+    """The reference's values at times (…) of sources (…); NaN for a sample that it does not have."""
     known = reference["start_ns"]
     after = np.clip(np.searchsorted(known, time_ns), 1, len(known) - 1)
     nearest = after - (time_ns - known[after - 1] < known[after] - time_ns)

@@ -17,6 +17,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
+from transformers.utils.logging import disable_progress_bar
 
 from prep.settings import MODALITIES
 from train import clean_process
@@ -27,6 +28,7 @@ from train.model.modeling_brainloom import BrainloomForPreTraining
 from train.model.processing_brainloom import BrainloomProcessor
 
 Array = npt.NDArray[Any]
+disable_progress_bar()  # of reading and writing files that take milliseconds
 
 
 class ExportError(ValueError):

@@ -12,6 +12,7 @@ import random
 import signal
 import sys
 import time
+import warnings
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -44,6 +45,7 @@ def main(args: argparse.Namespace) -> int:
     """Train one rank; the launcher has set RANK, WORLD_SIZE and the rendezvous."""
     for number in (signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, _request_stop)
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")  # DeepSpeed's, each step
     deepspeed.init_distributed("nccl" if torch.cuda.is_available() else "gloo", verbose=False)
     try:
         return train(args.out, args.resume)
@@ -100,6 +102,7 @@ def _step(engine: Engine, feed: Any, per_step: int, step: int) -> tuple[dict[str
     num_tokens = sum(batch_tokens(batch) for batch in micro_batches)
     loss, sums = engine.train_step(micro_batches, step)
     shared = torch.cat([loss[None], sums.flatten(), torch.tensor([num_tokens, float(_stop_requested)])]).double()
+    shared = shared.to(engine.device)  # NCCL reduces nothing that lies in the host's memory
     dist.all_reduce(shared)
     shared = shared.to("cpu")
     nats, values = shared[1:7].reshape(2, 3)

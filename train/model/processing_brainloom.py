@@ -32,7 +32,7 @@ class Stream:
     """Tokens of sources that share a clock.
 
     Attributes:
-        keys: the S sources: a unit's `unit_key`, a behaviour channel's `dataset/channel`.
+        keys: the S sources: a unit's `unit_key`, a behaviour channel's `dataset/session/channel`.
         modality: spikes, traces or behavior.
         values: as recorded (K, S, P): counts per 20 ms bin, or samples in their physical unit; NaN = missing.
         start_s: when each token starts (K,), seconds from the window's start.
