@@ -29,7 +29,9 @@ class MetricsLog:
     def _keep_before(self, step: int) -> None:
         """A resumed run repeats the steps after its checkpoint: their old rows go."""
         if self._path.exists():
-            rows = [line for line in self._path.read_text().splitlines() if json.loads(line)["step"] < step]
+            text = self._path.read_text()
+            whole = text[: text.rfind("\n") + 1]  # a row that a crash cut off is repeated anyway
+            rows = [line for line in whole.splitlines() if json.loads(line)["step"] < step]
             self._path.write_text("".join(line + "\n" for line in rows))
 
     def write(self, row: dict[str, Any]) -> None:

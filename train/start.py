@@ -39,15 +39,21 @@ def main(args: argparse.Namespace) -> int:
     if args.dry_run:
         print(launch.plan(hosts, command, args.out / "logs", os.environ))
         return 0
-    prepare(run, store, args.out)
+    prepare(run, store, args.out, args.resume)
     return launch.launch(hosts, command, args.out / "logs", os.environ)
 
 
-def prepare(run: config.RunConfig, store: Store, out: Path) -> None:
+def prepare(run: config.RunConfig, store: Store, out: Path, resume: str = "auto") -> None:
     """Write the resolved configuration; a run that is there may go on longer, but not become another model."""
     out.mkdir(parents=True, exist_ok=True)
     path = out / "config.yaml"
-    if path.exists() and any((out / "checkpoints").glob("step-*")):
+    has_checkpoints = any((out / "checkpoints").glob("step-*"))
+    if has_checkpoints and resume == "never":
+        raise ConfigError(
+            f"{out} holds checkpoints, and --resume never would mix two runs in one folder. "
+            "Give another OUT, or remove that one."
+        )
+    if path.exists() and has_checkpoints:
         before = config.load(path)
         if (before.model, before.data.context_s) != (run.model, run.data.context_s):
             raise ConfigError(

@@ -1,0 +1,77 @@
+"""Starting a run: what is wrong is said before a rank is started, and nothing is written.
+
+In: command lines as a user types them. Out: exit codes, messages.
+"""
+
+from pathlib import Path
+
+import pytest
+from train_builders import handmade_run, tiny_run, tiny_store
+
+from prep.settings import ConfigError
+from prep.store import Store
+from train import start
+from train.__main__ import main
+from train.metrics import MetricsLog, read_metrics
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_store(tmp_path_factory.mktemp("store"))
+
+
+def command(store: Path, out: Path, hosts: str, *more: str) -> list[str]:
+    paths = ["--config", "train/configs/debug.yaml", "--store", str(store), "--out", str(out), "--hostfile", hosts]
+    return ["train", *paths, *more]
+
+
+@pytest.fixture
+def hosts(tmp_path: Path) -> str:
+    path = tmp_path / "hosts"
+    path.write_text("localhost slots=2\n")
+    return str(path)
+
+
+def test_a_missing_hostfile_stops_the_launch(store: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(command(store, tmp_path / "run", str(tmp_path / "nowhere"))) == 2
+    assert "nowhere" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_wrong_hostfile_stops_the_launch(store: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "bad").write_text("localhost slots=2.5\n")
+    assert main(command(store, tmp_path / "run", str(tmp_path / "bad"))) == 2
+    assert "line 1" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_batch_that_the_ranks_cannot_share_is_refused_before_the_launch(
+    store: Path, tmp_path: Path, hosts: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(command(store, tmp_path / "run", hosts, "train.global_batch_size=24")) == 2
+    assert "not a multiple of micro_batch_size x ranks (16 x 2)" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_dry_run_prints_what_would_run_and_writes_nothing(
+    store: Path, tmp_path: Path, hosts: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(command(store, tmp_path / "run", hosts, "--dry-run")) == 0
+    assert "worker" in capsys.readouterr().out
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_run_does_not_become_another_model_or_start_afresh_among_old_checkpoints(store: Path, tmp_path: Path) -> None:
+    run = tiny_run()
+    out = tmp_path / "run"
+    handmade_run(out, store, run)
+    with pytest.raises(ConfigError, match="holds a run of another model"):
+        start.prepare(start.config.RunConfig(), Store(store), out)
+    with pytest.raises(ConfigError, match="--resume never would mix two runs"):
+        start.prepare(run, Store(store), out, "never")
+
+
+def test_a_row_that_a_crash_cut_off_does_not_stop_a_resume(tmp_path: Path) -> None:
+    (tmp_path / "metrics.jsonl").write_text('{"step": 0}\n{"step": 1}\n{"step": 2, "lo')
+    MetricsLog(tmp_path, 1, 5, 10).close()
+    assert read_metrics(tmp_path) == [{"step": 0}]
