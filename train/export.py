@@ -46,6 +46,8 @@ def export(trained: Trained, hub: Path, evaluation: dict[str, Any] | None) -> No
         trained.model.save_pretrained(folder)
         processor(trained).save_pretrained(folder)
         (folder / "README.md").write_text(model_card(trained, evaluation))
+        for path in folder.iterdir():
+            path.chmod(0o644)  # a hub folder is made to be shared; safetensors writes for the owner alone
         shutil.rmtree(hub, ignore_errors=True)
         folder.rename(hub)
 
