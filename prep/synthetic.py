@@ -57,7 +57,7 @@ def _spec(seed: int, name: str, kind: Kind, num_units: int, duration_s: float, s
 
 PRESETS: dict[str, tuple[SessionSpec, ...]] = {
     "demo": (
-        _spec(1, "loom01/s01", "spikes", 100, 480, 8.31),
+        _spec(1, "loom01/s01", "spikes", 100, 400, 8.31),
         replace(_spec(2, "loom01/s02", "spikes", 70, 300, 1.2e7 + 0.137), clock_ppm=-45),
         replace(_spec(3, "loom02/s03", "spikes", 80, 360, 512.7), has_stimulus=False),
         replace(_spec(4, "loom02/s04", "traces", 120, 600, 3.9), clock_ppm=60),
