@@ -129,7 +129,7 @@ def plain_losses(store: Path, run: RunConfig, num_steps: int) -> list[float]:
         optimizer.zero_grad()
         table.step(run.train.unit_lr * factor)
         result.append(total)
-    feed.close()  # type: ignore[attr-defined]
+    feed.close()
     return result
 
 

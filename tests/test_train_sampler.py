@@ -112,5 +112,5 @@ def test_a_loop_that_stops_early_leaves_no_thread(store: Path) -> None:
     before = threading.active_count()
     feed = batches(TrainingSamples(store, RUN, model_config(RUN)), 0, 0, 1)
     next(feed)
-    feed.close()  # type: ignore[attr-defined]
+    feed.close()
     assert threading.active_count() == before

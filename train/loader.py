@@ -5,7 +5,7 @@ In: a store and a run's configuration. Out: (step, batch) for one rank; the same
 
 import queue
 import threading
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -56,7 +56,9 @@ class TrainingSamples(Dataset[dict[str, Any]]):
         return sample
 
 
-def batches(samples: TrainingSamples, first_step: int, rank: int, world_size: int) -> Iterator[dict[str, Tensor]]:
+def batches(
+    samples: TrainingSamples, first_step: int, rank: int, world_size: int
+) -> Generator[dict[str, Tensor], None, None]:
     """The micro-batches of one rank from `first_step` on."""
     train = samples.config.train
     order = positions(first_step, train.num_steps, train.global_batch_size, train.micro_batch_size, rank, world_size)

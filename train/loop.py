@@ -89,7 +89,7 @@ def train(run_dir: Path, resume: str = "auto") -> int:
                 _say(f"asked to stop: saved step {step + 1}; the same command goes on from there")
                 return STOPPED
     finally:
-        feed.close()  # type: ignore[attr-defined]
+        feed.close()
         if log is not None:
             log.close()
     return 0

@@ -5,6 +5,7 @@ A unit's key is its unit_key; a channel's is dataset/channel, shared by the sess
 """
 
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -12,9 +13,9 @@ import numpy.typing as npt
 from prep.store import Store
 
 
-def stream_channels(entry: dict[str, object], stream: dict[str, object]) -> list[str]:
+def stream_channels(entry: dict[str, Any], stream: dict[str, Any]) -> list[str]:
     """Keys of a behaviour stream's channels."""
-    return [f"{entry['dataset_id']}/{channel}" for channel in stream["channels"]]  # type: ignore[attr-defined]
+    return [f"{entry['dataset_id']}/{channel}" for channel in stream["channels"]]
 
 
 class SourceTable:
@@ -43,7 +44,7 @@ class SourceTable:
         first = int(self.first_row[session]) + first_unit
         return np.arange(first, first + num_units, dtype=np.int64)
 
-    def channel_rows(self, entry: dict[str, object], stream: dict[str, object]) -> npt.NDArray[np.int64]:
+    def channel_rows(self, entry: dict[str, Any], stream: dict[str, Any]) -> npt.NDArray[np.int64]:
         """Rows of a behaviour stream's channels."""
         return np.array([self._channel_row[key] for key in stream_channels(entry, stream)], np.int64)
 
