@@ -7,6 +7,7 @@ import argparse
 import json
 import os
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 from prep.settings import ConfigError
@@ -59,5 +60,15 @@ def prepare(run: config.RunConfig, store: Store, out: Path, resume: str = "auto"
             raise ConfigError(
                 f"{out} holds a run of another model ({before.model}). Give another OUT, or the same model."
             )
+        if order(before) != order(run):
+            raise ConfigError(
+                f"{out} has trained on data in another order: seed, data (but num_workers), train.global_batch_size "
+                "and train.families must stay as they were. Give another OUT, or leave them as in its config.yaml."
+            )
     run.save(path)
     (out / "run.json").write_text(json.dumps({"store": str(store.root.resolve())}, indent=1))
+
+
+def order(run: config.RunConfig) -> tuple[object, ...]:
+    """All that decides which window, unit and mask stands at which position of a run."""
+    return run.seed, replace(run.data, num_workers=0), run.train.global_batch_size, run.train.families
