@@ -13,7 +13,7 @@ HOSTFILE ?= hostfiles/cluster
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-all check lint prep inspect verify hostfile train eval export push
+.PHONY: help install demo test test-all check lint prep inspect verify report hostfile train eval export push
 
 help:  ## print this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -53,6 +53,9 @@ inspect: .venv/installed  ## FILE=x.nwb: what is in a file, and what would becom
 
 verify: .venv/installed  ## STORE=store: every byte against its digest
 	$(PY) -m prep verify $(STORE) $(ARGS)
+
+report: .venv/installed  ## STORE=store [OUT=report.html]: what it holds, as one HTML file
+	$(PY) -m prep report $(STORE) --out $(or $(OUT),report.html) $(ARGS)
 
 hostfile: .venv/installed  ## [NODES="a b"] [SLOTS=8]: from SLURM, a list or this machine -> hostfiles/cluster
 	$(PY) -m train hostfile $(if $(NODES),--nodes "$(NODES)") $(if $(SLOTS),--slots $(SLOTS)) --out $(HOSTFILE) $(ARGS)

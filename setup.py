@@ -13,6 +13,10 @@ PREP = [
     "pyyaml",
     "rich",
     "scipy",
+    "av",
+    "pillow",
+    "jinja2",
+    "matplotlib",
 ]
 TRAIN = [
     "numpy",
@@ -38,7 +42,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11",
     packages=["prep", "prep.nwb", "train", "train.model"],
-    package_data={"prep": ["FORMAT.md", "recipes/*.yaml"], "train": ["configs/*.yaml"]},
+    package_data={"prep": ["FORMAT.md", "report.html", "recipes/*.yaml"], "train": ["configs/*.yaml"]},
     install_requires=sorted(set(PREP + TRAIN)),
     extras_require={"prep": PREP, "train": TRAIN, "dev": DEV},
     classifiers=["Private :: Do Not Upload"],

@@ -1,4 +1,4 @@
-"""The command line of prep: `python -m prep ingest | inspect | verify | synthesize`.
+"""The command line of prep: `python -m prep ingest | inspect | verify | report | synthesize`.
 
 In: arguments. Out: exit code 0 done, 1 some inputs failed (named), 2 usage or configuration.
 """
@@ -16,6 +16,7 @@ COMMANDS = {  # command: (module, what it does)
     "ingest": ("prep.ingest", "NWB files into a token store"),
     "inspect": ("prep.coverage", "what is in a file, and what would become of each object"),
     "verify": ("prep.verify", "check every byte of a token store"),
+    "report": ("prep.report", "what a token store holds, repaired and left out, as one HTML file"),
     "synthesize": ("prep.synthetic", "write NWB files of a synthetic brain"),
 }
 FAILED, USAGE = 1, 2

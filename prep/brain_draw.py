@@ -20,6 +20,12 @@ CLIP_FRAMES = 50
 FRAME_HZ = 10.0  # of the microscope
 BEHAVIOR_HZ = {"running_speed": 60.0, "pupil_diameter": 30.0, "head_direction": 50.0}
 LATENT_TAUS_S = (0.3, 0.8, 2.0)
+PULSE_EVERY_S = (0.6, 1.4)  # varied, so that every stretch of pulses is unlike every other
+PULSE_S = 0.1
+PULSE_JITTER_S = 1e-5
+PULSES_MISSED = 0.03
+PHOTODIODE_HZ = 1_000.0
+PHOTODIODE_RISE_S = 0.004
 EDGE_NS = 1_000  # spikes keep this far from the edges of a step: rounding of the clock never moves one across
 
 
@@ -38,6 +44,9 @@ class SessionSpec:
     clock_ppm: float = 30.0
     num_frames: int = 1_500  # distinct frames of the movie
     seed: int = 0
+    has_pulses: bool = False  # a line of pulses is recorded on the session's clock and on the camera's
+    camera_ppm: float = 0.0  # how fast the camera's clock runs, which stamps the behaviour
+    camera_late_s: float = 0.0  # how late the stamps of camera and screen are
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -241,3 +250,26 @@ def draw_traces(rng: np.random.Generator, course: Course, imaging: Imaging) -> S
     noise_U = signal_NU.std(0) / rng.uniform(1.0, 5.0, signal_NU.shape[1])
     data = signal_NU + noise_U * rng.standard_normal(signal_NU.shape)
     return Samples(times_s=course.start_ns / 1e9 + imaging.frames_s, data=data.astype(np.float32))
+
+
+def on_camera_clock(spec: SessionSpec, times_s: Floats) -> Floats:
+    """What the camera's clock shows at these times of the session's clock."""
+    ahead_s = (times_s - spec.start_s) * (spec.camera_ppm * 1e-6) + spec.camera_late_s
+    return np.asarray(times_s + ahead_s, np.float64)
+
+
+def draw_pulses(rng: np.random.Generator, spec: SessionSpec) -> tuple[Floats, Floats]:
+    """Times of the pulses on the session's clock, and what the camera recorded of them on its own: it missed some."""
+    times_s = spec.start_s + np.cumsum(rng.uniform(*PULSE_EVERY_S, int(spec.duration_s)))
+    times_s = times_s[times_s < spec.start_s + spec.duration_s - PULSE_S]
+    recorded_s = on_camera_clock(spec, times_s) + rng.normal(0, PULSE_JITTER_S, len(times_s))
+    return times_s, recorded_s[rng.uniform(size=len(times_s)) > PULSES_MISSED]
+
+
+def photodiode_signal(spec: SessionSpec, pulses_s: Floats) -> NDArray[np.float32]:
+    """(n,) volts at PHOTODIODE_HZ: a patch of the screen that lights up with each pulse, through a slow amplifier."""
+    times_s = spec.start_s + np.arange(int(spec.duration_s * PHOTODIODE_HZ)) / PHOTODIODE_HZ
+    edges_s = np.stack([pulses_s, pulses_s + PULSE_S], 1).ravel()
+    knots_s = (edges_s[:, None] + np.array([-0.5, 0.5]) * PHOTODIODE_RISE_S).ravel()
+    volts = np.tile([0.1, 4.9, 4.9, 0.1], len(pulses_s))
+    return np.asarray(np.interp(times_s, knots_s, volts), np.float32)

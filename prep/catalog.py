@@ -117,6 +117,7 @@ def build(root: Path) -> dict[str, Any]:
         "format": FORMAT_VERSION,
         "sessions": sorted(sessions, key=lambda entry: (entry["dataset_id"], entry["session_id"], entry["path"])),
         "stimuli": stimuli,
+        "vocabulary": sorted({t for entry in sessions for stream in entry["streams"] for t in stream["types"]}),
         "features": {"names": list(FEATURE_NAMES), "version": FEATURES_VERSION},
     }
     return {**catalog, "sha256": catalog_digest(catalog)}

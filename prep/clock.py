@@ -3,11 +3,13 @@
 In: time stamps as the file has them (float64 s on the session clock). Out: a Clock, and the findings of the audit.
 """
 
+import itertools
 from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 
+from prep.audit import LONGEST_SESSION_S, finding
 from prep.plan import Finding, PrepError
 from prep.settings import TOKEN_NS, to_ns
 
@@ -16,6 +18,10 @@ Index = npt.NDArray[np.int64]
 
 GAP_PERIODS = 1.5  # a longer step than this is a gap
 JITTER_PERIODS = 0.01  # a regular clock is within this of its line, inside every token
+JITTER_SHARE = 0.25  # steps that scatter more than this about their median have no one period
+STRAY_S, STRAY_STEPS, STRAY_SHARE = 10.0, 100, 0.01  # an outlier is this far from those around it; they are few
+BACK_S, BACK_STEPS, BACK_SHARE = 1.0, 10, 0.01  # a reset clock goes back by as much, and rarely
+WANDER_SAMPLES = 100
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,24 +68,110 @@ def clean_times(time_s: npt.ArrayLike, path: str) -> tuple[Seconds, Index | None
     Returns the kept times (T,), the row of the file that each came from (None: row i is sample i), and the repairs.
     """
     times = np.asarray(time_s, dtype=np.float64)
-    findings = []
-    rows = np.flatnonzero(np.isfinite(times)).astype(np.int64)
-    if len(rows) == 0:
-        raise PrepError(f"none of its {len(times)} time stamps is a number")
-    if len(rows) < len(times):
-        message = f"{len(times) - len(rows)} of {len(times)} time stamps are not numbers; their samples are dropped"
-        findings.append(Finding(code="non-finite-time", path=path, action="repaired", message=message))
-    steps = np.diff(times[rows])
-    if (steps < 0).any():
-        message = f"time goes backwards {int((steps < 0).sum())} times; samples are sorted by time"
-        findings.append(Finding(code="unsorted", path=path, action="repaired", message=message))
-        rows = rows[np.argsort(times[rows], kind="stable")]
-        steps = np.diff(times[rows])
-    if (steps == 0).any():
-        message = f"{int((steps == 0).sum())} time stamps occur twice; the first sample of each is kept"
-        findings.append(Finding(code="duplicate-time", path=path, action="repaired", message=message))
-        rows = rows[np.concatenate([[True], steps > 0])]
+    if _is_clean(times):
+        return times, None, []
+    rows = np.arange(len(times), dtype=np.int64)
+    findings: list[Finding] = []
+    for repair in (_drop_non_finite, _drop_outliers, _keep_longest_piece, _sort, _drop_duplicates):
+        rows, found = repair(times, rows, path)
+        findings.extend(found)
     return times[rows], rows if findings else None, findings
+
+
+def _is_clean(times: Seconds) -> bool:
+    with np.errstate(invalid="ignore"):  # inf - inf
+        steps = np.diff(times)
+    return bool(len(steps) and steps.min() > 0 and times[-1] - times[0] <= LONGEST_SESSION_S)  # False for NaN
+
+
+def _drop_non_finite(times: Seconds, rows: Index, path: str) -> tuple[Index, list[Finding]]:
+    kept = rows[np.isfinite(times[rows])]
+    if len(kept) == 0:
+        raise PrepError(f"none of its {len(times)} time stamps is a number")
+    dropped = len(rows) - len(kept)
+    if dropped == 0:
+        return rows, []
+    message = f"{dropped} of {len(times)} time stamps are not numbers; their samples are dropped"
+    return kept, [finding("non-finite-time", path, message, num_dropped=float(dropped))]
+
+
+def _drop_outliers(times: Seconds, rows: Index, path: str) -> tuple[Index, list[Finding]]:
+    """Drop what is 30 days from the middle stamp, and single stamps far from the five around them."""
+    values = times[rows]
+    middle_s = np.partition(values, len(values) // 2)[len(values) // 2]
+    is_far = np.abs(values - middle_s) > LONGEST_SESSION_S
+    near = np.flatnonzero(~is_far)
+    is_far[near[_strays(values[near])]] = True
+    dropped = values[is_far]
+    if len(dropped) == 0:
+        return rows, []
+    worst_s = float(dropped[np.abs(dropped - middle_s).argmax()])
+    message = f"{len(dropped)} time stamps are far from the others (such as {worst_s:.6g} s); their samples are dropped"
+    numbers = {"num_dropped": float(len(dropped)), "worst_s": worst_s}
+    return rows[~is_far], [finding("outlier-time", path, message, **numbers)]
+
+
+def _strays(values: Seconds) -> Index:
+    """Places of stamps (T,) far from the median of the five around them; none where they are more than exceptions.
+
+    Of increasing stamps the third of five is the median, so a gap makes no outlier, and only stamps that are near a
+    step back need to be looked at.
+    """
+    steps = np.diff(values)
+    if len(values) < 5 or steps.min() > 0:
+        return np.zeros(0, np.int64)
+    usual_s = float(np.median(np.abs(steps)))
+    near_back = np.flatnonzero(steps <= 0)[:, None] + np.arange(-1, 3)
+    place = np.unique(np.clip(near_back, 0, len(values) - 1))
+    around = values[np.clip(place[:, None] + np.arange(-2, 3), 0, len(values) - 1)]
+    is_stray = np.abs(values[place] - np.median(around, axis=1)) > max(STRAY_S, STRAY_STEPS * usual_s)
+    return place[is_stray] if is_stray.sum() <= STRAY_SHARE * len(values) else place[:0]
+
+
+def _keep_longest_piece(times: Seconds, rows: Index, path: str) -> tuple[Index, list[Finding]]:
+    """Where time goes back rarely and by a lot, the clock was reset, and no rule puts the pieces on one clock.
+
+    Pieces that follow each other without a gap once sorted are left to be sorted: they were written in another order.
+    """
+    values = times[rows]
+    steps = np.diff(values)
+    forward = steps[steps > 0]
+    if len(forward) == 0:
+        return rows, []
+    usual_s = float(np.median(forward))
+    (back,) = np.nonzero(steps < -max(BACK_S, BACK_STEPS * usual_s))
+    if not 0 < len(back) <= max(1, BACK_SHARE * len(values)):
+        return rows, []
+    pieces = sorted(np.split(rows, back + 1), key=lambda piece: float(times[piece[0]]))
+    joins = [float(times[after[0]] - times[before[-1]]) for before, after in itertools.pairwise(pieces)]
+    if all(0 < join <= BACK_STEPS * usual_s for join in joins):
+        return rows, []
+    longest = max(pieces, key=len)
+    back_s = -float(steps[back].min())
+    message = (
+        f"time goes back {len(back)} times, by up to {back_s:.6g} s: the clock was reset; "
+        f"the longest piece is kept, {len(longest):,} of {len(rows):,} samples"
+    )
+    numbers = {"num_jumps": float(len(back)), "jump_s": back_s, "num_dropped": float(len(rows) - len(longest))}
+    return longest, [finding("jumps", path, message, **numbers)]
+
+
+def _sort(times: Seconds, rows: Index, path: str) -> tuple[Index, list[Finding]]:
+    backwards = int((np.diff(times[rows]) < 0).sum())
+    if backwards == 0:
+        return rows, []
+    message = f"time goes backwards {backwards} times; samples are sorted by time"
+    order = np.argsort(times[rows], kind="stable")
+    return rows[order], [finding("unsorted", path, message, num_backwards=float(backwards))]
+
+
+def _drop_duplicates(times: Seconds, rows: Index, path: str) -> tuple[Index, list[Finding]]:
+    is_new = np.diff(times[rows], prepend=-np.inf) > 0
+    dropped = len(rows) - int(is_new.sum())
+    if dropped == 0:
+        return rows, []
+    message = f"{dropped} time stamps occur twice; the first sample of each is kept"
+    return rows[is_new], [finding("duplicate-time", path, message, num_dropped=float(dropped))]
 
 
 def regularity(time_s: Seconds, rate_hz: float | None = None) -> Clock:
@@ -117,12 +209,38 @@ def _cut(time_s: Seconds, gaps: npt.NDArray[np.bool_], period_s: float, num_samp
 
 
 def clock_findings(clock: Clock, path: str) -> list[Finding]:
-    """What the audit has to say about a clean clock: gaps, irregular steps."""
+    """What the audit has to say about a clean clock: gaps, irregular steps, a rate that wanders."""
     findings = []
+    numbers = _measure(clock)
     if clock.num_gaps and clock.samples_per_token > 1:
         message = f"{clock.num_gaps} gaps, the longest {clock.longest_gap_s:.3g} s; tokens end at them"
-        findings.append(Finding(code="gaps", path=path, action="noted", message=message))
+        gaps = {"num_gaps": float(clock.num_gaps), "gap_s": clock.longest_gap_s}
+        findings.append(finding("gaps", path, message, **gaps, **numbers))
     if clock.samples_per_token == 1 and clock.sample_ns * 2 <= TOKEN_NS:
-        message = f"steps differ (median {clock.period_s * 1e3:.4g} ms); every time stamp is kept as its own token"
-        findings.append(Finding(code="irregular", path=path, action="noted", message=message))
+        has_period = numbers["jitter_ms"] <= JITTER_SHARE * clock.period_s * 1e3
+        median = f"steps differ (median {clock.period_s * 1e3:.4g} ms"
+        message = f"{median}, jitter {numbers['jitter_ms']:.3g} ms); every time stamp is kept as its own token"
+        findings.append(finding("jitter" if has_period else "irregular", path, message, **numbers))
+    if clock.num_gaps == 0 and len(clock.time_s) >= WANDER_SAMPLES:
+        findings += _wander(clock, path)
     return findings
+
+
+def _measure(clock: Clock) -> dict[str, float]:
+    """Rate, and the standard deviation of the steps without gaps."""
+    steps = np.diff(clock.time_s)
+    steady = steps[steps <= GAP_PERIODS * np.median(steps)]
+    return {"rate_hz": 1 / clock.period_s, "jitter_ms": 1e3 * float(steady.std())}
+
+
+def _wander(clock: Clock, path: str) -> list[Finding]:
+    """Whether time stamps stray by more than a sample from a straight line through the first and the last."""
+    place = np.linspace(0, len(clock.time_s) - 1, 21).astype(np.int64)
+    since_s = clock.time_s[place] - clock.time_s[0]
+    residual_s = float(np.abs(since_s - place * since_s[-1] / place[-1]).max())
+    if residual_s <= clock.period_s:
+        return []
+    slopes = np.diff(since_s) / np.diff(place)
+    drift_ppm = 1e6 * float(slopes[-4:].mean() / slopes[:4].mean() - 1)
+    message = f"its rate wanders: time stamps stray up to {residual_s * 1e3:.4g} ms from a straight line"
+    return [finding("drift", path, message, residual_ms=residual_s * 1e3, drift_ppm=drift_ppm)]

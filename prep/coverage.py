@@ -1,6 +1,7 @@
-"""`python -m prep inspect`: what is in an NWB file, and what would become of each object.
+"""`python -m prep inspect`: what is in an NWB file, what would become of each object, and which recipe it asks for.
 
-In: the path of a file, and a recipe. Out: the coverage table, the clock audit, streams and splits, as text.
+In: the path of a file or a folder, and a recipe. Out: coverage table, clock audit, streams and splits, or one line for
+each file of a folder; a suggested recipe.
 """
 
 import argparse
@@ -9,31 +10,84 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import prep.recipe
+from prep.files import InputFile, find_files, is_nwb_folder
 from prep.nwb.inventory import COLUMN_TYPES
-from prep.nwb.session import UnusableFile, plan_session
+from prep.nwb.join import plan_sessions
+from prep.nwb.session import UnusableFile
 from prep.plan import Finding, Found, PlannedStream, PrepError, SessionPlan
-from prep.text_table import table_lines
+from prep.recipe import Recipe
+from prep.settings import ConfigError
+from prep.suggest import Inspected, suggest
+from prep.text_table import table_lines, terminal_width
 
 NUMBERS = ("tokens", "sources", "samples/token", "rate_hz", "start_s", "stop_s", "rows")
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
     """The arguments of `inspect`."""
-    parser.add_argument("file", type=Path, help="an NWB file")
+    parser.add_argument("file", type=Path, help="an NWB file, or a folder: then one line for each session")
     parser.add_argument("--recipe", type=Path, metavar="R.yaml", help="what to make of ambiguous files")
     parser.add_argument("--dataset", metavar="NAME", help="dataset_id; else the recipe's, else the folder's name")
+    parser.add_argument("--suggest", type=Path, metavar="R.yaml", help="write the suggested recipe to this file")
 
 
 def main(args: argparse.Namespace) -> int:
-    """Print what would become of a file; 1 where it would be refused."""
+    """Print what would become of a file, or of those of a folder; 1 where one would be refused, or a part of it."""
     recipe = prep.recipe.load(args.recipe)
-    dataset_id = args.dataset or recipe.dataset_id or args.file.resolve().parent.name or "dataset"
+    if args.suggest is not None and args.suggest.exists():
+        raise ConfigError(f"{args.suggest} exists already. Give --suggest a new name, or move the file away.")
+    is_folder = args.file.is_dir() and not is_nwb_folder(args.file.name)
+    if is_folder:
+        files = find_files([args.file], args.dataset or recipe.dataset_id, join=recipe.join)
+    else:
+        dataset_id = args.dataset or recipe.dataset_id or args.file.resolve().parent.name or "dataset"
+        files = [InputFile((args.file.absolute(),), str(args.file), dataset_id)]
+    inspected, rows, is_failure = [], [], False
+    for file in files:
+        plan = _plan(file, recipe)
+        inspected.append(_inspected(file, plan))
+        rows.append((file.label, *_summary(plan)))
+        is_failure |= isinstance(plan, PrepError) or bool(plan.refused)
+        if not is_folder:
+            print(f"{file.label}\n{render(plan)}")
+    if is_folder:
+        header = ("file", "units", "streams", "objects", "used", "what")
+        print("\n".join(table_lines(header, rows, right=header[1:5], width=terminal_width())))
+    text = suggest(inspected, recipe)
+    print(f"\nsuggested recipe:\n{text}" if text else "\nno recipe is needed: nothing is left open.")
+    if args.suggest is not None:
+        args.suggest.write_text(text, encoding="utf-8")
+    return 1 if is_failure else 0
+
+
+def _plan(file: InputFile, recipe: Recipe) -> SessionPlan | PrepError:
     try:
-        plan: SessionPlan | PrepError = plan_session(args.file, recipe, dataset_id)
+        return plan_sessions(file.paths, recipe, file.dataset_id)
     except PrepError as error:
-        plan = error
-    print(f"{args.file}\n{render(plan)}")
-    return 1 if isinstance(plan, PrepError) else 0
+        return error
+
+
+def _inspected(file: InputFile, plan: SessionPlan | PrepError) -> Inspected:
+    """What the suggested recipe is made from."""
+    if isinstance(plan, SessionPlan):
+        streams, intervals = plan.streams, plan.intervals
+        return Inspected(
+            paths=file.paths, coverage=plan.coverage, findings=plan.findings, streams=streams, intervals=intervals
+        )
+    coverage, findings = (plan.coverage, plan.findings) if isinstance(plan, UnusableFile) else ((), ())
+    return Inspected(paths=file.paths, coverage=coverage, findings=findings, intervals={})
+
+
+def _summary(plan: SessionPlan | PrepError) -> tuple[str, ...]:
+    """Numbers of units, streams, objects and used objects of a file, and one line of what becomes of it."""
+    coverage = () if isinstance(plan, PrepError) and not isinstance(plan, UnusableFile) else plan.coverage
+    num_used = sum(row.used_as is not None for row in coverage)
+    objects = (f"{len(coverage):,}", f"{num_used:,}") if coverage else ("-", "-")
+    if isinstance(plan, PrepError):
+        return "-", "-", *objects, f"refused: {plan}"
+    numbers = (f"{len(plan.units.unit_key):,}", str(len(plan.streams)))
+    names = ", ".join(stream.spec.name for stream in plan.streams)
+    return *numbers, *objects, "; ".join([names, *(f"without {row.path}: {row.message}" for row in plan.refused)])
 
 
 def render(plan: SessionPlan | PrepError) -> str:

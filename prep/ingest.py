@@ -119,7 +119,7 @@ class Flow:
 
 @dataclass
 class Job:
-    """One input file on its way through the store."""
+    """One session's input files on their way through the store."""
 
     number: int
     file: InputFile
@@ -155,7 +155,7 @@ class Run:
         self.flow = Flow(client)
         self.jobs: list[Job] = []
         self.next_to_name = 0
-        self.claimed: dict[str, tuple[str, str]] = {}  # folder -> (file name, sha256)
+        self.claimed: dict[str, tuple[Source, ...]] = {}  # by folder
         self.stimuli: dict[str, StimulusJob] = {}
         self.sealed = [] if is_dry and not root.is_dir() else sealed_sessions(root)
         self.owner = {sealed.folder: sealed for sealed in self.sealed}
@@ -172,12 +172,13 @@ class Run:
         return task
 
     def start(self, files: Sequence[InputFile], planner: Planner, recipe: Any) -> None:
-        """Submit the planning of every file."""
+        """Submit the planning of every session's files."""
         for number, file in enumerate(files):
             job = Job(number, file, Outcome(file.label))
             self.jobs.append(job)
-            mine = [s for s in self.sealed if any(source.file == file.path.name for source in s.sources)]
-            args = (planner, file.path, recipe, self.recipe_digest, file.dataset_id, self.root, mine)
+            names = {path.name for path in file.paths}
+            mine = [s for s in self.sealed if any(source.file in names for source in s.sources)]
+            args = (planner, file.paths, recipe, self.recipe_digest, file.dataset_id, self.root, mine)
             job.planning = self.submit(partial(self._planned, job), "", plan_task, *args)
 
     def _planned(self, job: Job, result: Planned | Failed) -> None:
@@ -197,30 +198,30 @@ class Run:
 
     def _name(self, job: Job) -> None:
         assert job.header is not None
-        source, plan, sealed = job.header.source, job.header.plan, job.header.sealed
-        key = (source.file, source.sha256)
-        if sealed is not None or key in self.claimed.values():
-            folder = next((f for f, k in self.claimed.items() if k == key), sealed.folder if sealed else "")
-            self.claimed[folder] = key
+        sources, plan, sealed = job.header.sources, job.header.plan, job.header.sealed
+        job.outcome.refused, job.outcome.coverage = job.header.refused, job.header.counts
+        if sealed is not None or sources in self.claimed.values():
+            folder = next((f for f, claim in self.claimed.items() if claim == sources), sealed.folder if sealed else "")
+            self.claimed[folder] = sources
             self._end(job, "already there", f"as {folder}")
             if sealed is not None:
                 job.outcome.count(sealed.entry["streams"])
             return
         assert plan is not None
         folder = session_folder(plan.dataset_id, plan.session_id)
-        if folder in self.claimed or self._is_of_another_file(folder, source):
-            plan = renamed(plan, source)
+        if folder in self.claimed or self._is_of_another_file(folder, sources):
+            plan = renamed(plan, sources)
             folder = session_folder(plan.dataset_id, plan.session_id)
-        self.claimed[folder] = key
+        self.claimed[folder] = sources
         job.session_id = plan.session_id
         job.target = Target(
-            root=self.root, folder=folder, run=self.run, sources=(source,), recipe_digest=self.recipe_digest
+            root=self.root, folder=folder, run=self.run, sources=sources, recipe_digest=self.recipe_digest
         )
         self._write(job, plan)
 
-    def _is_of_another_file(self, folder: str, source: Source) -> bool:
+    def _is_of_another_file(self, folder: str, sources: Sequence[Source]) -> bool:
         owner = self.owner.get(folder)
-        return owner is not None and all(known.file != source.file for known in owner.sources)
+        return owner is not None and not {known.file for known in owner.sources} & {source.file for source in sources}
 
     def _write(self, job: Job, plan: SessionPlan) -> None:
         job.outcome.count([{"num_tokens": stream.spec.num_tokens} for stream in plan.streams])
@@ -256,7 +257,8 @@ class Run:
             if isinstance(result, Failed):
                 self._fail(job, result)
             else:
-                self._end(job, "ok", f"as {job.target.folder}" if job.target else "")
+                state = "partly" if job.outcome.refused else "ok"
+                self._end(job, state, f"as {job.target.folder}" if job.target else "")
 
         self.submit(done, "finish", finish_task, job.planning, job.target, job.session_id)
 
@@ -301,7 +303,8 @@ class Run:
     def _fail(self, job: Job, failed: Failed, state: str = "failed") -> None:
         if job.is_over:
             return
-        job.outcome.object = failed.where
+        job.outcome.object, job.outcome.refused = failed.where, ()
+        job.outcome.coverage = failed.counts or job.outcome.coverage
         self._end(job, state, failed.error)
         for task in job.pending:
             task.is_dropped = True
@@ -352,7 +355,7 @@ def run_ingest(
     planner: Planner,
     is_dry: bool = False,
 ) -> list[Outcome]:
-    """Ingest `files` into the store at `root` with the workers of `client`; one outcome per file, in order."""
+    """Ingest `files` into the store at `root` with the workers of `client`; one outcome per session, in order."""
     root = root.resolve()
     check_is_store(root)
     if is_dry:
@@ -397,13 +400,13 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 
 def main(args: argparse.Namespace) -> int:
-    """Exit code: 0 all files are in the store, 1 some are not (named), 2 usage, 130 interrupted."""
+    """Exit code: 0 all files are in the store whole, 1 some are not (named), 2 usage, 130 interrupted."""
     import prep.recipe
 
     if args.workers < 1:
         raise StoreError(f"--workers {args.workers}: at least one worker is needed.")
     recipe = prep.recipe.load(args.recipe)
-    files = find_files(args.sources, args.dataset or recipe.dataset_id, args.out)
+    files = find_files(args.sources, args.dataset or recipe.dataset_id, args.out, recipe.join)
     before = signal.signal(signal.SIGTERM, signal.default_int_handler)  # a batch system's stop is as clean as Ctrl-C
     try:
         with connect(args.scheduler, min(args.workers, MAX_WORKERS * len(files))) as client:

@@ -20,6 +20,10 @@ class PrepError(ValueError):
     """A file cannot be used; the message is one line that a physiologist understands."""
 
 
+class BrokenObject(PrepError):
+    """An object contradicts itself or cannot be read: it is refused by name, the rest of the file goes on."""
+
+
 class TokenReader(Protocol):
     """Reads tokens from the recording; picklable, holds a path and never an open file."""
 
@@ -52,8 +56,9 @@ class Finding:
 
     code: str  # e.g. wrong-axis, unsorted, gaps
     path: str
-    action: str  # repaired | noted
+    action: str  # repaired | noted | refused
     message: str
+    numbers: dict[str, float | list[float]] = field(default_factory=dict)  # measured; keys carry units: drift_ppm
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,6 +69,7 @@ class PlannedStream:
     start_ns: npt.NDArray[np.int64]  # (K,)
     reader: TokenReader
     offset_ns: npt.NDArray[np.int64] | None = None  # (S,)
+    types: npt.NDArray[np.int32] | None = None  # (K,) of an event stream: index into spec.types
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,10 +86,13 @@ class Units:
     """The units of a session, in the order of their streams: U rows."""
 
     unit_key: Sequence[str]  # dataset/session/unit
-    kind: Sequence[str]  # unit | roi
+    kind: Sequence[str]  # one of settings.UNIT_KINDS
     region: Sequence[str]  # "" = unknown
     quality: Sequence[str]
     xyz_um: npt.NDArray[np.float32]  # (U, 3), NaN = unknown
+    depth_um: npt.NDArray[np.float32] | None = None  # (U,), NaN = unknown; None: unknown for all
+    waveform_ms: npt.NDArray[np.float32] | None = None  # (U,) trough to peak
+    spike_features: npt.NDArray[np.float32] | None = None  # (U, 2) settings.SPIKE_FEATURES of the train split
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,7 +111,7 @@ class SessionPlan:
     dataset_id: str
     session_id: str
     subject_id: str
-    source: Path
+    source: Path  # the file; of joined files the first
     licence: str
     units: Units
     streams: tuple[PlannedStream, ...]
@@ -111,3 +120,8 @@ class SessionPlan:
     splits: tuple[tuple[int, int, str], ...]  # [start_ns, stop_ns), label; in order of time
     coverage: tuple[Found, ...]
     findings: tuple[Finding, ...]
+
+    @property
+    def refused(self) -> tuple[Finding, ...]:
+        """Objects that are broken and were left out, though the file is in the store."""
+        return tuple(finding for finding in self.findings if finding.action == "refused")

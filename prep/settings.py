@@ -19,8 +19,8 @@ if TYPE_CHECKING:
 
 T = TypeVar("T", bound="DataclassInstance")
 
-FORMAT_VERSION = 1
-FEATURES_VERSION = 1
+FORMAT_VERSION = 2
+FEATURES_VERSION = 2
 
 Kind = Literal["counts", "trace", "frames", "event"]
 Modality = Literal["spikes", "traces", "behavior", "stimulus"]
@@ -34,8 +34,8 @@ COUNT_MISSING = 255
 COUNT_MAX = 254
 NO_TIME = np.iinfo(np.int64).min  # an interval's time that the file leaves out
 
-# Per-unit features (U, 8): the train split only; see FORMAT.md, "Features".
-FEATURE_NAMES = (
+# Per-unit features (U, 28): the train split and what is known about the unit; see FORMAT.md, "Features".
+STREAM_FEATURES = (
     "log_rate",
     "cv",
     "fano_token",
@@ -43,7 +43,50 @@ FEATURE_NAMES = (
     "autocorr_token",
     "skewness",
     "population_coupling",
-    "is_imaging",
+)
+SPIKE_FEATURES = ("cv_isi", "burst_index")
+UNIT_KINDS = ("unit", "roi", "lfp", "fiber")
+QUALITIES = ("good", "mua", "noise")
+REGIONS = (
+    "visual",
+    "motor",
+    "somatosensory",
+    "cortex",
+    "hippocampus",
+    "thalamus",
+    "striatum",
+    "midbrain",
+    "elsewhere",
+)
+FEATURE_NAMES = (
+    *STREAM_FEATURES,
+    *SPIKE_FEATURES,
+    "log_waveform_ms",
+    "depth_mm",
+    "has_depth",
+    *(f"is_{kind}" for kind in UNIT_KINDS),
+    *(f"quality_{quality}" for quality in QUALITIES),
+    *(f"region_{region}" for region in REGIONS),
+)
+
+# Fields of a token of kind `event`, in order; NaN = not given. FORMAT.md, "Events".
+EVENT_FIELDS = ("duration_s", "value")
+STIMULUS_FIELDS = (
+    "duration_s",
+    "orientation_deg",
+    "spatial_frequency_cpd",
+    "temporal_frequency_hz",
+    "phase_cycles",
+    "contrast",
+    "x_deg",
+    "y_deg",
+    "width_deg",
+    "height_deg",
+    "luminance",
+    "opacity",
+    "frame",
+    "tone_hz",
+    "level",
 )
 
 

@@ -1,6 +1,6 @@
 """What the train split says about each source of a stream: mean, scale and the features of units.
 
-In: a stream's tokens as written, block by block. Out: mean, scale (S,) and features (S, 8), float32.
+In: a stream's tokens as written, block by block. Out: mean, scale (S,) and features (S, 7), float32.
 Legend: K tokens, S sources, P samples per token. Definitions: FORMAT.md, "Statistics" and "Features".
 """
 
@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from prep.settings import FEATURE_NAMES
+from prep.settings import STREAM_FEATURES
 from prep.shards import is_missing
 from prep.store import StreamSpec
 
@@ -33,7 +33,7 @@ class Statistics:
 
     mean: npt.NDArray[np.float32]  # (S,)
     scale: npt.NDArray[np.float32]  # (S,)
-    features: npt.NDArray[np.float32]  # (S, 8)
+    features: npt.NDArray[np.float32]  # (S, 7) settings.STREAM_FEATURES
 
 
 class Moments:
@@ -146,7 +146,6 @@ class Pass:
         seen = self.samples.n > 0
         mean, std = self.samples.mean + np.nan_to_num(self.shift), np.sqrt(self.samples.var)
         features = np.where(seen[:, None], self._features(mean, std), 0.0)
-        features[:, FEATURE_NAMES.index("is_imaging")] = float(self.spec.modality == "traces")
         features = np.clip(np.nan_to_num(features), -FEATURE_LIMIT, FEATURE_LIMIT)
         is_counts = self.spec.kind == "counts"
         scale = np.maximum(std, COUNT_SCALE_FLOOR if is_counts else SCALE_FLOOR)
@@ -168,9 +167,8 @@ class Pass:
             "autocorr_token": self.token_pairs.correlation,
             "skewness": self.samples.skewness,
             "population_coupling": self.population.correlation,
-            "is_imaging": np.zeros_like(mean),
         }
-        return np.stack([by_name[name] for name in FEATURE_NAMES], axis=1)
+        return np.stack([by_name[name] for name in STREAM_FEATURES], axis=1)
 
 
 def in_blocks(
@@ -199,7 +197,7 @@ def stream_statistics(
     Memory is bounded by BLOCK_VALUES, and the blocks never depend on how the work was spread: same bytes every time.
     """
     work = Pass(spec)
-    if spec.kind == "frames":  # indices of frames have no mean
+    if spec.kind in ("frames", "event"):  # indices of frames, and fields of different units, have no mean
         return work.result()
     block = in_blocks(start_ns, spec.duration_ns, offset_ns, train)
     same_block = np.concatenate([[False], block[1:] == block[:-1]])

@@ -47,7 +47,9 @@ __all__ = [  # `train` imports from here alone
 
 SHARD_BYTES = 32 * 2**20
 CHUNK_NS = 2_000_000_000
+EVENT_CHUNK = 1024
 DTYPES: dict[Kind, str] = {"counts": "uint8", "trace": "float32", "frames": "int32", "event": "float32"}
+TUPLES = ("channels", "types", "fields")  # of StreamSpec: lists in JSON
 FILLS: dict[Kind, float | int] = {"counts": COUNT_MISSING, "trace": math.nan, "frames": -1, "event": math.nan}
 
 
@@ -68,6 +70,8 @@ class StreamSpec:
     unit: str = ""  # physical unit of the values
     origin: str = ""  # the object in the NWB file
     stimulus: str | None = None  # digest of the pixels that a frames stream points into
+    types: tuple[str, ...] = ()  # of an event stream: its vocabulary, sorted
+    fields: tuple[str, ...] = ()  # of an event stream: what the P samples of a token are
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -76,8 +80,9 @@ class StreamSpec:
 
     @property
     def chunk_tokens(self) -> int:
-        """Tokens of one inner chunk: about two seconds, what one window reads."""
-        return max(1, min(self.num_tokens, round(CHUNK_NS / max(1, self.duration_ns))))
+        """Tokens of one inner chunk: about two seconds, what one window reads; EVENT_CHUNK events."""
+        tokens = EVENT_CHUNK if self.kind == "event" else round(CHUNK_NS / max(1, self.duration_ns))
+        return max(1, min(self.num_tokens, tokens))
 
     @property
     def shard_tokens(self) -> int:
@@ -114,19 +119,25 @@ def sanitise(name: str) -> str:
 
 def stream_attributes(spec: StreamSpec) -> dict[str, Any]:
     """The attributes of a stream's group: the whole StreamSpec."""
-    return {"brainloom_stream": {**asdict(spec), "channels": list(spec.channels)}}
+    return {"brainloom_stream": {**asdict(spec), **{name: list(getattr(spec, name)) for name in TUPLES}}}
 
 
 def create_stream(
-    session: Path, spec: StreamSpec, start_ns: npt.NDArray[np.int64], offset_ns: npt.NDArray[np.int64] | None = None
+    session: Path,
+    spec: StreamSpec,
+    start_ns: npt.NDArray[np.int64],
+    offset_ns: npt.NDArray[np.int64] | None = None,
+    types: npt.NDArray[np.int32] | None = None,
 ) -> None:
-    """Write a stream's metadata and clock: start_ns (K,), offset_ns (S,) or None."""
+    """Write a stream's metadata and clock: start_ns (K,); offset_ns (S,) and types (K,) where it has them."""
     path = session / "streams" / spec.name
     write_group(path, stream_attributes(spec))
     create_rows(path / "values", spec.rows())
     write_array(path / "start_ns", start_ns.astype(np.int64))
     if offset_ns is not None:
         write_array(path / "offset_ns", offset_ns.astype(np.int64))
+    if types is not None:
+        write_array(path / "type", types.astype(np.int32))
 
 
 def manifest_files(folder: Path) -> dict[str, dict[str, Any]]:
@@ -172,6 +183,7 @@ class Stream:
     scale: npt.NDArray[np.float32]  # (S,)
     offset_ns: npt.NDArray[np.int64] | None  # (S,)
     rows: Rows
+    types: npt.NDArray[np.int32] | None = None  # (K,) of an event stream: index into spec.types
 
     def tokens(self, start_ns: int, stop_ns: int) -> slice:
         """The tokens that start in [start_ns, stop_ns)."""
@@ -210,7 +222,7 @@ class Session:
                 raise StoreError(f"{self.path} has no stream {name!r}; it has {self.stream_names}.")
             base = f"streams/{name}"
             attributes = read_json(self._checked(f"{base}/zarr.json"))["attributes"]["brainloom_stream"]
-            spec = StreamSpec(**{**attributes, "channels": tuple(attributes["channels"])})
+            spec = StreamSpec(**{**attributes, **{name: tuple(attributes[name]) for name in TUPLES}})
             offset = self.array(f"{base}/offset_ns") if f"{base}/offset_ns/zarr.json" in self.files else None
             folder = self._checked(f"{base}/values/zarr.json").parent
             rows = Rows(folder, rows_spec(folder), sidecar_digests(self.files, f"{base}/values"))
@@ -221,6 +233,7 @@ class Session:
                 self.array(f"{base}/scale"),
                 offset,
                 rows,
+                self.array(f"{base}/type") if spec.kind == "event" else None,
             )
         return self._streams[name]
 

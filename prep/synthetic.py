@@ -26,6 +26,7 @@ from prep.brain import BURN_STEPS, STEP_S, Course, Floats, Imaging, Law
 from prep.brain_draw import (
     FRAME_HZ,
     MOVIE_HZ,
+    PHOTODIODE_HZ,
     Kind,
     Samples,
     SessionSpec,
@@ -35,8 +36,11 @@ from prep.brain_draw import (
     draw_law,
     draw_movie,
     draw_presentation,
+    draw_pulses,
     draw_spike_times,
     draw_traces,
+    on_camera_clock,
+    photodiode_signal,
 )
 from prep.disk import appears_whole
 
@@ -67,6 +71,10 @@ PRESETS: dict[str, tuple[SessionSpec, ...]] = {
         replace(_spec(1, "mini01/t01", "spikes", 20, 80, 1.2e7 + 0.137), num_frames=300),
         replace(_spec(2, "mini01/t02", "traces", 20, 80, 0.0), num_frames=300),
         replace(_spec(3, "mini02/t03", "spikes", 20, 60, 40.0), num_frames=300, has_stimulus=False),
+    ),
+    "clocks": (
+        replace(_spec(1, "late01/c01", "spikes", 20, 120, 12.5), num_frames=300, has_pulses=True, camera_ppm=50),
+        replace(_spec(2, "late01/c02", "spikes", 20, 120, 1.2e7), num_frames=300, has_pulses=True, camera_late_s=0.03),
     ),
 }
 
@@ -165,9 +173,13 @@ def _nwb_file(session: Session) -> NWBFile:
         subject_id=spec.subject_id, species="Mus musculus", sex="U", age="P90D", description="A synthetic mouse."
     )
     if spec.has_behavior:
-        _add_behavior(nwb, session.behavior)
+        stamps = {name: on_camera_clock(spec, samples.times_s) for name, samples in session.behavior.items()}
+        _add_behavior(nwb, {name: replace(session.behavior[name], times_s=stamps[name]) for name in stamps})
     if spec.has_stimulus:
-        _add_movie(nwb, session.movie, session.shown)
+        late = replace(session.shown, times_s=session.shown.times_s + spec.camera_late_s)
+        _add_movie(nwb, session.movie, late)
+    if spec.has_pulses:
+        _add_pulses(nwb, spec, np.random.default_rng([seed, spec.seed, 2]))
     if isinstance(session.recorded, list):
         _add_units(nwb, session.recorded, session.course)
     else:
@@ -199,6 +211,15 @@ def _add_movie(nwb: NWBFile, movie: NDArray[np.uint8], shown: Samples) -> None:
     index.__init__(name="movie", data=shown.data, unit="N/A", timestamps=shown.times_s, indexed_timeseries=template)
     index._in_construct_mode = False
     nwb.add_stimulus(index)
+
+
+def _add_pulses(nwb: NWBFile, spec: SessionSpec, rng: np.random.Generator) -> None:
+    pulses_s, recorded_s = draw_pulses(rng, spec)
+    for name, times_s in (("sync_pulses", pulses_s), ("camera_pulses", recorded_s)):
+        nwb.add_acquisition(TimeSeries(name=name, data=np.ones(len(times_s)), unit="n.a.", timestamps=times_s))
+    volts = photodiode_signal(spec, pulses_s)
+    clock = {"starting_time": spec.start_s, "rate": PHOTODIODE_HZ}
+    nwb.add_acquisition(TimeSeries(name="photodiode", data=volts, unit="volts", **clock))
 
 
 def _add_units(nwb: NWBFile, spike_times: list[Floats], course: Course) -> None:

@@ -5,13 +5,13 @@ In: small descriptors (a path, a plan, the number of a shard). Out: files in the
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from prep.catalog import Sealed, Source, is_whole
-from prep.disk import StoreError
-from prep.plan import PrepError, SessionPlan
+from prep.disk import StoreError, read_json
+from prep.plan import Found, PrepError, SessionPlan
 from prep.write_session import (
     Target,
     check,
@@ -22,7 +22,7 @@ from prep.write_session import (
     write_stream_shard,
 )
 
-Planner = Callable[[Path, Any, str], SessionPlan]
+Planner = Callable[[Sequence[Path], Any, str], SessionPlan]  # the files of one session, a recipe, a dataset_id
 
 
 @dataclass(frozen=True)
@@ -31,16 +31,19 @@ class Failed:
 
     where: str
     error: str
+    counts: dict[str, int] = field(default_factory=dict)  # of the file's objects, where it could be read
 
 
 @dataclass(frozen=True)
 class Planned:
     """What a plan task found: a plan to carry out, or a session that is there already."""
 
-    source: Source
+    sources: tuple[Source, ...]
     plan: SessionPlan | None = None
     sealed: Sealed | None = None
     seconds: float = 0.0
+    refused: tuple[tuple[str, str], ...] = ()  # broken objects that were left out: path, message
+    counts: dict[str, int] = field(default_factory=dict)  # of the files' objects: objects, used, skipped
 
 
 def guarded(where: str, function: Callable[..., Any], *args: Any) -> Any:
@@ -48,7 +51,14 @@ def guarded(where: str, function: Callable[..., Any], *args: Any) -> Any:
     try:
         return function(*args)
     except Exception as error:
-        return Failed(where, one_line(error))
+        return Failed(where, one_line(error), count_objects(getattr(error, "coverage", ())))
+
+
+def count_objects(coverage: Sequence[Found]) -> dict[str, int]:
+    """How many objects a file has, and how many of them were used and skipped; {} where it could not be read."""
+    num_used = sum(row.used_as is not None for row in coverage)
+    counts = {"objects": len(coverage), "used": num_used, "skipped": len(coverage) - num_used}
+    return counts if coverage else {}
 
 
 def one_line(error: BaseException) -> str:
@@ -59,31 +69,44 @@ def one_line(error: BaseException) -> str:
     )
 
 
-def plan_from_nwb(path: Path, recipe: Any, dataset_id: str) -> SessionPlan:
+def plan_from_nwb(paths: Sequence[Path], recipe: Any, dataset_id: str) -> SessionPlan:
     """The planner of real files."""
-    from prep.nwb.session import plan_session  # pynwb takes a second to import: only workers that plan need it
+    from prep.nwb.join import plan_sessions  # h5py and what reads with it: only workers that plan need them
 
-    return plan_session(path, recipe, dataset_id)
+    return plan_sessions(paths, recipe, dataset_id)
 
 
 def plan_task(
     planner: Planner,
-    path: Path,
+    paths: Sequence[Path],
     recipe: Any,
     recipe_digest: str,
     dataset_id: str,
     root: Path,
     sealed: Sequence[Sealed],
 ) -> Planned:
-    """Read what is in a file, unless this very content was ingested with this very recipe."""
+    """Read what is in the files of a session, unless this very content was ingested with this very recipe."""
     started = time.monotonic()
-    source = source_of(path)
+    sources = tuple(source_of(path) for path in paths)
     for session in sealed:
-        if is_current(session, source, dataset_id, recipe_digest) and is_whole(root, session):
-            return Planned(source, sealed=session)
-    plan = planner(path, recipe, dataset_id)
+        if is_current(session, sources, dataset_id, recipe_digest) and is_whole(root, session):
+            refused = tuple((row["path"], row["message"]) for row in session.entry.get("refused", ()))
+            return Planned(sources, sealed=session, refused=refused, counts=_sealed_counts(root, session))
+    plan = planner(paths, recipe, dataset_id)
     check(plan)
-    return Planned(source, plan=plan, seconds=time.monotonic() - started)
+    return Planned(
+        sources,
+        plan=plan,
+        seconds=time.monotonic() - started,
+        refused=tuple((finding.path, finding.message) for finding in plan.refused),
+        counts=count_objects(plan.coverage),
+    )
+
+
+def _sealed_counts(root: Path, session: Sealed) -> dict[str, int]:
+    """What `count_objects` said when the session was written."""
+    attributes = read_json(root / session.folder / "zarr.json")["attributes"]["brainloom"]
+    return count_objects([Found(**row) for row in attributes["coverage"]])
 
 
 def plan_of(planned: Planned | Failed) -> SessionPlan:
@@ -101,4 +124,4 @@ def shard_task(planned: Planned, target: Target, stream: int, shard: int) -> Non
 def finish_task(planned: Planned, target: Target, session_id: str) -> dict[str, Any]:
     """Finish a session under the id that it was given."""
     plan = plan_of(planned)
-    return finish_session(plan if session_id == plan.session_id else renamed(plan, planned.source), target)
+    return finish_session(plan if session_id == plan.session_id else renamed(plan, planned.sources), target)

@@ -3,15 +3,110 @@
 In: spike times in ns, samples (n, S) and token bounds. Out: token values (k, S, P), fills where nothing was recorded.
 """
 
+import itertools
+from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from prep.settings import BIN_NS, COUNT_MAX, TOKEN_NS
+from prep.settings import BIN_NS, COUNT_MAX, COUNT_MISSING, TOKEN_NS
 
 BINS_PER_TOKEN = TOKEN_NS // BIN_NS
 Index = npt.NDArray[np.int64]
+Bool = npt.NDArray[np.bool_]
+
+
+@dataclass(frozen=True, kw_only=True)
+class HeldTokens:
+    """A TokenReader of what is small enough to travel with the plan: events, one row each."""
+
+    values: npt.NDArray[np.float32]  # (K, S, P)
+
+    def read(self, start: int, stop: int) -> npt.NDArray[np.float32]:
+        """Values of tokens [start, stop)."""
+        return self.values[start:stop]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Observed:
+    """When each unit was observed: G lists of stretches, no two alike, and which is whose. Most sessions have one."""
+
+    start_ns: Index  # (M,) of the stretches of all lists; those of one list are in order and do not touch
+    stop_ns: Index  # (M,)
+    bounds: Index  # (G + 1,) list g holds the stretches [bounds[g], bounds[g + 1])
+    list_of: npt.NDArray[np.int32]  # (S,) list of each unit; -1: nothing is known, so it counts as always observed
+
+    def place(self, time_ns: Index, unit: Index) -> Index:
+        """For each spike (n,) of the units (n,), in order of unit: its stretch, [start, stop]; -1 = in none."""
+        result = np.full(len(time_ns), -1, np.int64)
+        for member, first, stop in self._by_list(unit):
+            if member < 0:
+                result[first:stop] = len(self.start_ns)
+                continue
+            low, high = self.bounds[member : member + 2]
+            if high == low:
+                continue
+            place = np.searchsorted(self.start_ns[low:high], time_ns[first:stop], side="right") - 1 + low
+            inside = (place >= low) & (time_ns[first:stop] <= self.stop_ns[np.maximum(place, 0)])
+            result[first:stop] = np.where(inside, place, -1)
+        return result
+
+    def hide(self, counts: npt.NDArray[np.uint8], first_token: int) -> None:
+        """Set to COUNT_MISSING what of the counts (k, S, P) from `first_token` on was not wholly observed."""
+        num_tokens, _, bins = counts.shape
+        for member in np.unique(self.list_of[self.list_of >= 0]):
+            seen = self._bins(int(member), first_token * bins, num_tokens * bins).reshape(num_tokens, 1, bins)
+            if seen.all():
+                continue
+            units = np.flatnonzero(self.list_of == member)
+            chosen = slice(None) if len(units) == len(self.list_of) else units
+            counts[:, chosen] = np.where(seen, counts[:, chosen], np.uint8(COUNT_MISSING))
+
+    def share(self, first_ns: int, last_ns: int) -> float:
+        """The part of [first, last] in which the units were observed, on average."""
+        inside = np.clip(self.stop_ns, first_ns, last_ns) - np.clip(self.start_ns, first_ns, last_ns)
+        total = np.diff(np.concatenate([[0], np.cumsum(inside)])[self.bounds])
+        length = np.where(self.list_of < 0, last_ns - first_ns, total[np.maximum(self.list_of, 0)])
+        return float(length.mean() / (last_ns - first_ns))
+
+    def _bins(self, member: int, first_bin: int, num_bins: int) -> Bool:
+        """Which bins (num_bins,) lie wholly inside a stretch of a list."""
+        low, high = self.bounds[member : member + 2]
+        first = np.clip(-(-self.start_ns[low:high] // BIN_NS) - first_bin, 0, num_bins)
+        stop = np.clip(self.stop_ns[low:high] // BIN_NS - first_bin, 0, num_bins)
+        edges = np.zeros(num_bins + 1, np.int64)
+        holds = stop > first
+        np.add.at(edges, first[holds], 1)
+        np.add.at(edges, stop[holds], -1)
+        seen: Bool = np.cumsum(edges[:-1]) > 0
+        return seen
+
+    def _by_list(self, unit: Index) -> Iterator[tuple[int, int, int]]:
+        """Runs [first, stop) of spikes whose units share a list."""
+        if len(unit) == 0:
+            return
+        member = self.list_of[unit]
+        edges = np.concatenate([[0], np.flatnonzero(np.diff(member)) + 1, [len(unit)]])
+        for first, stop in itertools.pairwise(edges.tolist()):
+            yield int(member[first]), first, stop
+
+
+def observed_stretches(stretches: list[Index], list_of: npt.NDArray[np.int32]) -> Observed:
+    """From lists (m, 2) of [start, stop) in ns, in any order: those of a list that touch or overlap become one."""
+    merged = [_merged(item) for item in stretches]
+    joined = np.concatenate([np.zeros((0, 2), np.int64), *merged])
+    bounds = np.cumsum([0, *(len(item) for item in merged)])
+    return Observed(start_ns=joined[:, 0].copy(), stop_ns=joined[:, 1].copy(), bounds=bounds, list_of=list_of)
+
+
+def _merged(stretches: Index) -> Index:
+    ordered = stretches[np.argsort(stretches[:, 0], kind="stable")]
+    latest = np.maximum.accumulate(ordered[:, 1])
+    is_first = np.concatenate([[True], ordered[1:, 0] > latest[:-1]])[: len(ordered)]
+    is_last = np.concatenate([is_first[1:], [True]])[: len(ordered)]
+    return np.stack([ordered[is_first, 0], latest[is_last]], axis=1)
 
 
 class CountTokens:

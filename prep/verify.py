@@ -62,7 +62,8 @@ def _check_catalog(root: Path, top: Checked) -> None:
         ours, theirs = _by_key(expected.get(kind), key), _by_key(found.get(kind), key)
         for name in sorted(ours.keys() | theirs.keys()):
             if ours.get(name) != theirs.get(name):
-                top.problems.append(f"catalog.json: its entry of {name} differs from the manifest, or one is missing")
+                manifest = f"{name.removesuffix('.zarr')}{catalog.MANIFEST}"
+                top.problems.append(f"catalog.json: its entry of {name} differs from {manifest}, or one is missing")
 
 
 def _by_key(entries: Any, key: str) -> dict[str, Any]:

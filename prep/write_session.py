@@ -10,7 +10,7 @@ import math
 import os
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -20,13 +20,15 @@ import numpy as np
 from prep.catalog import STIMULI, Sealed, Source, dataset_folder, has_its_files, read_manifest
 from prep.disk import StoreError, locked, sha256
 from prep.plan import IntervalTable, PlannedStimulus, PlannedStream, PrepError, SessionPlan
-from prep.settings import FEATURE_NAMES, FEATURES_VERSION, FORMAT_VERSION, SPLITS
+from prep.settings import FEATURE_NAMES, FEATURES_VERSION, FORMAT_VERSION, SPLITS, STREAM_FEATURES
 from prep.shards import Array, Rows, RowsSpec, create_rows, write_array, write_group, write_shard, write_text
 from prep.statistics_pass import Statistics, stream_statistics
 from prep.store import SHARD_BYTES, create_stream, manifest_files, manifest_path, sanitise, seal
+from prep.unit_features import unit_features
 
 FRAME_CHUNK_BYTES = 2**20
 PARTIAL = ".partial.zarr"
+LONGEST_ID = 120  # characters of a folder's name that `sanitise` keeps
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,10 +74,13 @@ def session_folder(dataset_id: str, session_id: str) -> str:
     return f"{dataset_folder(dataset_id)}/{sanitise(session_id)}.zarr"
 
 
-def renamed(plan: SessionPlan, source: Source) -> SessionPlan:
-    """The plan under a session_id of its own: a second file of the same id gets a short digest."""
-    suffix = hashlib.sha256(f"{source.file} {source.sha256}".encode()).hexdigest()[:8]
-    session_id = f"{plan.session_id}-{suffix}"
+def renamed(plan: SessionPlan, sources: Sequence[Source]) -> SessionPlan:
+    """The plan under a session_id of its own: a second file (or several, joined) of the same id gets a short digest."""
+    content = "\n".join(f"{source.file} {source.sha256}" for source in sources)
+    suffix = hashlib.sha256(content.encode()).hexdigest()[:8]
+    session_id = (
+        f"{plan.session_id[: LONGEST_ID - len(suffix) - 1]}-{suffix}"  # else the folder's name loses the digest
+    )
     old, new = f"{plan.dataset_id}/{plan.session_id}/", f"{plan.dataset_id}/{session_id}/"
     keys = [new + key.removeprefix(old) if key.startswith(old) else key for key in plan.units.unit_key]
     return replace(plan, session_id=session_id, units=replace(plan.units, unit_key=keys))
@@ -101,6 +106,8 @@ def check(plan: SessionPlan) -> None:
                 f"streams/{spec.name}: {len(stream.start_ns)} start times for {spec.num_tokens} tokens; "
                 "expected one each, in order of time."
             )
+        if spec.kind == "event" and (stream.types is None or len(stream.types) != spec.num_tokens):
+            raise PrepError(f"streams/{spec.name}: expected one type for each of its {spec.num_tokens} events.")
 
 
 # ---------------------------------------------------------------- shards
@@ -238,6 +245,7 @@ def session_entry(plan: SessionPlan, target: Target) -> dict[str, Any]:
         "splits": [list(block) for block in plan.splits],
         "streams": sorted((stream_entry(stream) for stream in plan.streams), key=lambda entry: str(entry["name"])),
         "intervals": sorted(plan.intervals),
+        "refused": [{"path": finding.path, "message": finding.message} for finding in plan.refused],
         "recipe_digest": target.recipe_digest,
         "features_version": FEATURES_VERSION,
         "sources": [asdict(source) for source in target.sources],
@@ -264,11 +272,13 @@ def stream_entry(stream: PlannedStream) -> dict[str, Any]:
         "first_unit": spec.first_unit,
         "stimulus": spec.stimulus,
         "unit": spec.unit,
+        "types": list(spec.types),
+        "fields": list(spec.fields),
     }
 
 
 def _finish_stream(plan: SessionPlan, planned: PlannedStream, partial: Path) -> tuple[int | None, Statistics]:
-    create_stream(partial, planned.spec, planned.start_ns, planned.offset_ns)
+    create_stream(partial, planned.spec, planned.start_ns, planned.offset_ns, planned.types)
     folder = partial / "streams" / planned.spec.name
     train = [(start, stop) for start, stop, label in plan.splits if label == "train"]
     rows = Rows(folder / "values", planned.spec.rows())
@@ -280,14 +290,18 @@ def _finish_stream(plan: SessionPlan, planned: PlannedStream, partial: Path) -> 
 
 def _write_units(plan: SessionPlan, statistics: Mapping[str, tuple[int | None, Statistics]], folder: Path) -> None:
     units, num_units = plan.units, len(plan.units.unit_key)
-    features = np.zeros((num_units, len(FEATURE_NAMES)), np.float32)
+    measured = np.zeros((num_units, len(STREAM_FEATURES)), np.float32)
     for first_unit, result in reversed(list(statistics.values())):  # a unit of two streams: the first by name counts
         if first_unit is not None:
-            features[first_unit : first_unit + len(result.features)] = result.features
+            measured[first_unit : first_unit + len(result.features)] = result.features
+    features = unit_features(units, measured)
     write_group(folder)
     for name in ("unit_key", "kind", "region", "quality"):
         write_text(folder / name, getattr(units, name))
     write_array(folder / "xyz_um", np.asarray(units.xyz_um, np.float32).reshape(num_units, 3))
+    for name in ("depth_um", "waveform_ms"):
+        column = getattr(units, name)
+        write_array(folder / name, np.full(num_units, np.nan, np.float32) if column is None else column)
     write_array(folder / "features", features, {"names": list(FEATURE_NAMES), "version": FEATURES_VERSION})
 
 
@@ -308,7 +322,7 @@ def _write_splits(plan: SessionPlan, folder: Path) -> None:
     write_array(folder / "label", np.array([SPLITS.index(label) for _, _, label in plan.splits], np.int8))
 
 
-def is_current(sealed: Sealed, source: Source, dataset_id: str, recipe_digest: str) -> bool:
-    """Whether an earlier run has done this file with this recipe."""
-    wanted = (dataset_id, (source,), recipe_digest, (FORMAT_VERSION, FEATURES_VERSION))
+def is_current(sealed: Sealed, sources: tuple[Source, ...], dataset_id: str, recipe_digest: str) -> bool:
+    """Whether an earlier run has done these very files, and no others, with this recipe."""
+    wanted = (dataset_id, sources, recipe_digest, (FORMAT_VERSION, FEATURES_VERSION))
     return (sealed.dataset_id, sealed.sources, sealed.recipe_digest, sealed.versions) == wanted

@@ -6,7 +6,8 @@ In: a number, or the path of a little text file that stands for a recording. Out
 import hashlib
 import os
 import time
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from prep.plan import (
     SessionPlan,
     Units,
 )
-from prep.settings import NO_TIME
+from prep.settings import EVENT_FIELDS, NO_TIME
 from prep.shards import Array
 from prep.store import FILLS, StreamSpec
 from prep.write_session import (
@@ -102,8 +103,9 @@ def stream(
 ) -> PlannedStream:
     """A stream of `shape` (K, S, P) in small shards; `more`: fields of Values, of StreamSpec, offset_ns."""
     of_values = {key: more.pop(key) for key in ("slow_s", "missing_shard", "broken_at", "deadly_at") if key in more}
-    offset_ns = more.pop("offset_ns", None)
-    duration_ns = 100_000_000
+    offset_ns, types = more.pop("offset_ns", None), more.pop("types_of", None)
+    step_ns = 100_000_000
+    duration_ns = 1 if kind == "event" else step_ns
     spec = SmallShards(
         name=name,
         kind=kind,  # type: ignore[arg-type]
@@ -112,13 +114,12 @@ def stream(
         num_sources=shape[1],
         samples_per_token=shape[2],
         duration_ns=duration_ns,
-        sample_ns=duration_ns // shape[2],
+        sample_ns=max(1, duration_ns // shape[2]),
         **more,
     )
-    start_ns = 12_000_000 * SECOND_NS + np.arange(shape[0], dtype=np.int64) * duration_ns
-    return PlannedStream(
-        spec=spec, start_ns=start_ns, reader=Values(kind, shape, seed, **of_values), offset_ns=offset_ns
-    )
+    start_ns = 12_000_000 * SECOND_NS + np.arange(shape[0], dtype=np.int64) * step_ns
+    reader = Values(kind, shape, seed, **of_values)
+    return PlannedStream(spec=spec, start_ns=start_ns, reader=reader, offset_ns=offset_ns, types=types)
 
 
 def session(source: Path, session_id: str, seed: int = 1, dataset_id: str = "d1", **more: Any) -> SessionPlan:
@@ -140,6 +141,17 @@ def session(source: Path, session_id: str, seed: int = 1, dataset_id: str = "d1"
         ),
         stream("running", "trace", "behavior", (125, 1, 1), seed + 2, channels=("speed",), unit="cm/s"),
         stream("movie", "frames", "stimulus", (60, 1, 1), seed + 3, channels=("screen",), stimulus=digest),
+        stream(
+            "licks",
+            "event",
+            "behavior",
+            (9, 1, 2),
+            seed + 4,
+            channels=("licks",),
+            fields=EVENT_FIELDS,
+            types=("lick_left", "lick_right"),
+            types_of=np.arange(9, dtype=np.int32) % 2,
+        ),
     )
     units = Units(
         unit_key=[f"{dataset_id}/{session_id}/{number}" for number in range(5)],
@@ -184,8 +196,9 @@ class FakeRecipe:
         return hashlib.sha256(self.text.encode()).hexdigest()
 
 
-def fake_planner(path: Path, recipe: Any, dataset_id: str) -> SessionPlan:
-    """Plans a file of words `session=… seed=… slow_s=… broken_at=…`; `refuse=why` refuses it."""
+def fake_planner(paths: Sequence[Path], recipe: Any, dataset_id: str) -> SessionPlan:
+    """Plans a file of words `session=… seed=… slow_s=… broken_at=…`; `refuse=why` refuses it, `lost=why` an object."""
+    path = paths[0]
     words = dict(word.split("=", 1) for word in path.read_text().split())
     if "refuse" in words:
         raise PrepError(words["refuse"].replace("_", " "))
@@ -194,7 +207,12 @@ def fake_planner(path: Path, recipe: Any, dataset_id: str) -> SessionPlan:
         for key, kind in (("slow_s", float), ("broken_at", int), ("deadly_at", int))
         if key in words
     }
-    return session(path, words["session"], int(words.get("seed", 1)), dataset_id, **more)
+    plan = session(path, words["session"], int(words.get("seed", 1)), dataset_id, **more)
+    if "lost" in words:
+        told = words["lost"].replace("_", " ")
+        lost = Finding(code="broken-object", path="/acquisition/lick", action="refused", message=told)
+        plan = replace(plan, findings=(*plan.findings, lost))
+    return plan
 
 
 def target(root: Path, plan: SessionPlan, recipe_digest: str = RECIPE_DIGEST) -> Target:

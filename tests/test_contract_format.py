@@ -11,11 +11,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 from numpy.testing import assert_array_equal
-from store_builders import build_store, stream, tree
+from store_builders import build_store, tree
 
 import prep.write_session
 from prep.settings import FEATURE_NAMES, FORMAT_VERSION
-from prep.store import Store, create_stream
+from prep.store import Store
 from prep.verify import verify
 
 FORMAT = Path(prep.__file__).parent / "FORMAT.md"
@@ -27,12 +27,19 @@ SPIKES = [[[4, 2, 2, 0, 4], [3, 1, 1, 4, 3], [2, 0, 4, 3, 2]], [[255, 4, 3, 2, 1
 ROI = [[[5.796875, 4.078125, -1.03125], [9.5, 7.78125, 2.6875]]]
 LAST_FRAME = [[[154, 191, 228], [14, 51, 88], [125, 162, 199], [236, 22, 59]]]
 MEAN = [2.0227, 1.9975, 1.9722]
-FEATURES = [
-    [4.617, 0.698, 0.505, -0.013, -0.158, -0.008, 0.501, 0.0],
-    [4.604, 0.707, 0.431, -0.010, -0.073, 0.004, 0.401, 0.0],
-    [4.591, 0.713, 0.421, -0.043, -0.069, 0.017, 0.479, 0.0],
-    [0.0, 0.980, 0.0, -0.025, -0.299, 0.039, 0.616, 1.0],
-    [0.0, 0.939, 0.0, 0.022, -0.498, 0.011, 0.638, 1.0],
+FEATURES = [  # the first seven; then the ones that are known of each unit
+    [4.617, 0.698, 0.505, -0.013, -0.158, -0.008, 0.501],
+    [4.604, 0.707, 0.431, -0.010, -0.073, 0.004, 0.401],
+    [4.591, 0.713, 0.421, -0.043, -0.069, 0.017, 0.479],
+    [0.0, 0.980, 0.0, -0.025, -0.299, 0.039, 0.616],
+    [0.0, 0.939, 0.0, 0.022, -0.498, 0.011, 0.638],
+]
+KNOWN = [
+    {"is_unit", "quality_good", "region_hippocampus"},
+    {"is_unit", "quality_good"},
+    {"is_unit", "quality_good", "region_visual"},
+    {"is_roi", "quality_good", "region_visual"},
+    {"is_roi", "quality_good", "region_elsewhere"},
 ]
 
 
@@ -42,9 +49,6 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
     recording = folder / "recording.nwb"
     recording.write_text("a recording")
     build_store(folder / "store", recording, "s1")
-    # No plan has events yet; the table promises what the writer would make of them.
-    events = stream("licks", "event", "behavior", (9, 1, 2))
-    create_stream(folder / "store" / "d1" / "s1.zarr", events.spec, events.start_ns)
     return folder / "store"
 
 
@@ -126,7 +130,10 @@ def test_the_golden_store_still_reads_to_what_it_was_written_from() -> None:
     assert spikes.read(slice(0, 2)).tolist() == SPIKES
     assert_array_equal(session.stream("roi").read(slice(60, 61)), np.full((1, 2, 3), np.nan, np.float32))
     assert session.stream("roi").read(slice(0, 1)).tolist() == ROI
-    assert session.array("units/features").astype(float).round(3).tolist() == FEATURES
+    features = session.array("units/features").astype(float)
+    assert features[:, :7].round(3).tolist() == FEATURES
+    assert [{name for name, on in zip(FEATURE_NAMES[7:], row[7:], strict=True) if on == 1} for row in features] == KNOWN
+    assert set(np.unique(features[:, 7:])) == {0.0, 1.0}
     assert session.text("units/unit_key")[4] == "d1/s1/4"
     assert opened.frames(session.stream("movie").spec.stimulus or "").read(6, 7).tolist() == LAST_FRAME
     assert spikes.mean.astype(float).round(4).tolist() == MEAN

@@ -12,6 +12,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from distributed import Client
@@ -23,6 +24,7 @@ from prep.files import find_files
 from prep.ingest import connect, run_ingest
 from prep.ingest_report import Outcome
 from prep.plan import PrepError
+from prep.settings import FORMAT_VERSION
 from prep.store import Store
 from prep.tasks import plan_from_nwb
 from prep.verify import verify
@@ -69,6 +71,12 @@ def states(outcomes: list[Outcome]) -> list[str]:
 def problems(store: Path) -> list[str]:
     """All that verify finds."""
     return [problem for row in verify(store) for problem in row.problems]
+
+
+def failures(store: Path) -> list[dict[str, Any]]:
+    """The lines of failed.jsonl."""
+    path = store / "failed.jsonl"
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
 def test_a_store_is_the_same_whoever_writes_it(client: Client, tmp_path: Path) -> None:
@@ -191,9 +199,9 @@ def test_a_store_of_another_version_is_not_touched(client: Client, tmp_path: Pat
     folder = recordings(tmp_path / "in", a="session=s1")
     ingest(client, folder, tmp_path / "store")
     manifest = tmp_path / "store" / "d1" / "s1.manifest.json"
-    manifest.write_text(manifest.read_text().replace('"format": 1', '"format": 2'))
+    manifest.write_text(manifest.read_text().replace(f'"format": {FORMAT_VERSION}', '"format": 99'))
     before = tree(tmp_path / "store")
-    with pytest.raises(StoreError, match="is format version 2"):
+    with pytest.raises(StoreError, match="is format version 99"):
         ingest(client, folder, tmp_path / "store")
     assert tree(tmp_path / "store") == before
 
@@ -205,6 +213,7 @@ def test_files_are_found_in_folders_once_and_in_order(tmp_path: Path) -> None:
     (folder / "notes.txt").write_text("")
     found = find_files([folder, folder / "a.nwb"], None, tmp_path / "out")
     assert [file.label for file in found] == ["a.nwb", "b.nwb", "deep/er/c.nwb", "zarr.nwb.zarr"]
+    assert [file.paths for file in found] == [(folder / file.label,) for file in found]
     assert {file.dataset_id for file in found} == {"data"}
     assert find_files([folder / "a.nwb"], "mine", tmp_path)[0].dataset_id == "mine"
     with pytest.raises(StoreError, match="does not exist"):
@@ -382,6 +391,9 @@ def test_real_recordings_are_ingested_or_refused_with_one_line(client: Client, t
     store = tmp_path / "store"
     files = find_files([RECORDINGS], None, store)
     outcomes = run_ingest(files, store, prep.recipe.load(None), client, planner=plan_from_nwb)
-    assert states(outcomes).count("ok") >= 6 and set(states(outcomes)) == {"ok", "refused"}
+    assert set(states(outcomes)) == {"ok", "partly", "refused"}
+    assert sum(not outcome.is_missing for outcome in outcomes) >= 11
+    assert [outcome.file for outcome in outcomes if outcome.refused] == ["allen_layout_truncated.nwb"]
+    assert all(row["coverage"]["objects"] for row in failures(store) if row["file"] != "empty.nwb")
     assert all(re.match(r"\w+(Error|Exception)\b", row.reason) is None for row in outcomes if row.is_failure)
     assert problems(store) == []

@@ -1,17 +1,16 @@
-"""Behaviour, stimulus and tables of time in NWB files: clocks, angles, names, pixels, trials.
+"""Behaviour and tables of time in NWB files: clocks, angles, names, trials.
 
 In: files that nwb_builders writes. Out: nothing.
 """
 
 from pathlib import Path
 
+import h5py
 import numpy as np
 import pytest
 from nwb_builders import RNG, codes, heading, plan, reason, replace, running, stream, values, with_units, write
-from pynwb import NWBFile
-from pynwb.base import Images
-from pynwb.behavior import Position, SpatialSeries
-from pynwb.image import GrayscaleImage, ImageSeries, IndexSeries
+from pynwb import NWBFile, TimeSeries
+from pynwb.behavior import BehavioralTimeSeries, EyeTracking, Position, PupilTracking, SpatialSeries
 
 from prep.nwb.inventory import snake_case
 from prep.nwb.session import UnusableFile, plan_session
@@ -82,12 +81,11 @@ def test_the_wrong_axis_is_transposed_and_reported(tmp_path: Path):
 @pytest.mark.parametrize(
     ("data", "clock", "message"),
     [
-        (np.ones(50), {"timestamps": np.cumsum(RNG.exponential(size=50))}, "events are read in the next release"),
-        (np.arange(50.0), {"timestamps": np.arange(50.0)}, "events are read in the next release"),
-        (np.arange(500) / 50, {"rate": 50.0, "starting_time": 0.0}, "events are read in the next release"),
-        (RNG.normal(size=500), {"timestamps": np.cumsum(RNG.exponential(size=500))}, "events are read in"),
-        (np.array([1.0]), {"timestamps": [1.0]}, "single sample"),
-        (RNG.normal(size=3), {"timestamps": [np.nan] * 3}, "none of its 3 time stamps is a number"),
+        (np.full(50, np.nan), {"starting_time": 0.0, "rate": 10.0}, "all its samples are missing"),
+        (np.zeros((50, 2)), {"starting_time": 0.0, "rate": 10.0}, "all its samples are the same or missing"),
+        (np.zeros((50, 3, 2)), {"starting_time": 0.0, "rate": 10.0}, "float64 (50, 3, 2), not samples x columns"),
+        (np.array([1.0]), {"starting_time": 0.0, "rate": 10.0}, "it has a single sample"),
+        (RNG.normal(size=3), {"timestamps": [np.nan] * 3}, "3 time stamps"),
         (np.zeros((0,)), {"starting_time": 0.0, "rate": 1.0}, "empty"),
     ],
 )
@@ -103,11 +101,112 @@ def test_a_series_that_cannot_be_used_is_skipped_with_the_reason(
     assert [item.spec.name for item in session.streams] == ["running"]
 
 
-def test_samples_without_a_time_stamp_each_are_skipped_with_the_reason(tmp_path: Path):
-    path = write(tmp_path, running(RNG.normal(size=30), timestamps=np.arange(30.0)))
+def test_samples_without_a_time_stamp_are_left_out_where_they_are_few(tmp_path: Path):
+    data = RNG.normal(size=30)
+    path = write(tmp_path, running(data, timestamps=np.arange(30.0)))
     replace(path, "acquisition/running/timestamps", np.arange(29.0))
-    with pytest.raises(UnusableFile, match="30 samples but 29 time stamps"):
+    assert (
+        values(stream(plan_session(path, Recipe(), "d1"), "running")).ravel().tolist()
+        == data[:29].astype("f4").tolist()
+    )
+    replace(path, "acquisition/running/timestamps", np.arange(12.0))
+    with pytest.raises(UnusableFile, match="30 samples but 12 time stamps"):
         plan_session(path, Recipe(), "d1")
+
+
+def test_text_where_a_place_should_be_is_skipped_with_the_reason(tmp_path: Path):
+    def fill(nwb: NWBFile) -> None:
+        heading(RNG.normal(size=30), "cm")(nwb)
+        running(RNG.normal(size=99), starting_time=0.0, rate=10.0)(nwb)
+
+    path = write(tmp_path, fill)
+    replace(path, "acquisition/CompassDirection/heading/data", np.array([b"left"] * 30, dtype=object))
+    session = plan_session(path, Recipe(), "d1")
+    assert reason(session, "acquisition/CompassDirection/heading") == "its data are text, not numbers"
+
+
+def test_true_and_false_are_one_and_zero(tmp_path: Path):
+    data = RNG.random(200) > 0.7
+    item = stream(plan(tmp_path, running(data, starting_time=0.0, rate=10.0)), "running")
+    assert values(item).ravel().tolist() == data.astype(float).tolist()
+
+
+def test_columns_may_have_a_conversion_each_and_one_of_zero_is_not_applied(tmp_path: Path):
+    data = RNG.normal(size=(100, 3))
+    path = write(tmp_path, heading(data, "cm"))
+    with h5py.File(path, "r+") as file:
+        file["acquisition/CompassDirection/heading/data"].attrs["conversion"] = [2.0, 0.0, np.nan]
+        file["acquisition/CompassDirection/heading/data"].attrs["offset"] = [1.0, 2.0, 3.0]
+    session = plan_session(path, Recipe(), "d1")
+    expected = (data * [2.0, 1.0, 1.0] + [1.0, 2.0, 3.0]).astype(np.float32)
+    assert np.array_equal(values(stream(session, "heading")).transpose(0, 2, 1).reshape(100, 3), expected)
+    (found,) = [finding for finding in session.findings if finding.code == "conversion"]
+    assert found.message == "the conversion of 2 of 3 columns is 0 or not a number; 1 is taken"
+    with h5py.File(path, "r+") as file:
+        file["acquisition/CompassDirection/heading/data"].attrs["conversion"] = [2.0, 1.0]
+    with pytest.raises(UnusableFile, match="conversion or offset has 2 numbers for 3 columns"):
+        plan_session(path, Recipe(), "d1")
+
+
+@pytest.mark.parametrize(
+    ("shape", "code", "is_transposed"),
+    [((1, 60), "wrong-axis", True), ((20, 60), "ambiguous-axis", False), ((60, 60), "ambiguous-axis", False)],
+)
+def test_the_axis_of_a_series_that_has_only_a_rate(tmp_path: Path, shape: tuple, code: str, is_transposed: bool):
+    data = RNG.normal(size=shape)
+    session = plan(tmp_path, running(data, starting_time=0.0, rate=10.0))
+    expected = data.T if is_transposed else data
+    assert np.array_equal(values(stream(session, "running"))[:, :, 0], expected.astype(np.float32))
+    assert codes(session) == [code]
+
+
+def test_halves_that_were_stored_in_the_wrong_order_are_read_in_the_right_one(tmp_path: Path):
+    time_s = np.roll(np.arange(20_000) / 60, 10_000)
+    data = RNG.normal(size=(20_000, 2))
+    session = plan(tmp_path, running(data, timestamps=time_s))
+    tokens = values(stream(session, "running")).transpose(0, 2, 1).reshape(-1, 2)
+    expected = np.roll(data, 10_000, axis=0).astype(np.float32)
+    assert np.array_equal(tokens[np.isfinite(tokens[:, 0])], expected)
+    assert "unsorted" in codes(session)
+
+
+def test_wheel_cameras_and_pupil_of_their_own_clocks_are_streams(tmp_path: Path):
+    rng = np.random.default_rng(11)
+    wheel_s = np.arange(2000) / 1000 + 4.2
+    camera_s = np.sort(np.arange(120) / 60 + rng.uniform(0, 0.004, 120))
+    position, velocity, motion, pupil = (rng.normal(size=n).cumsum() for n in (2000, 2000, 120, 120))
+    pupil[[3, 4, 70]] = np.nan
+    gaze = rng.normal(size=(120, 2))
+
+    def fill(nwb: NWBFile) -> None:
+        module = nwb.create_processing_module("behavior", "d")
+        wheel = [
+            TimeSeries(name=name, data=data, unit=unit, timestamps=wheel_s)
+            for name, data, unit in (("wheel_position", position, "m"), ("wheel_velocity", velocity, "m/s"))
+        ]
+        module.add(BehavioralTimeSeries(name="wheel", time_series=wheel))
+        energy = TimeSeries(name="leftMotionEnergy", data=motion, unit="a.u.", timestamps=camera_s)
+        module.add(energy)
+        diameter = TimeSeries(name="diameter", data=pupil, unit="px", timestamps=energy)
+        module.add(PupilTracking(time_series=diameter))
+        looks = SpatialSeries(name="gaze", data=gaze, unit="cm", timestamps=camera_s, reference_frame="screen")
+        module.add(EyeTracking(spatial_series=looks))
+
+    session = plan(tmp_path, fill)
+    for name, data, time_s in (
+        ("wheel_position", position, wheel_s),
+        ("wheel_velocity", velocity, wheel_s),
+        ("left_motion_energy", motion, camera_s),
+        ("diameter", pupil, camera_s),
+        ("gaze", gaze, camera_s),
+    ):
+        item = stream(session, name)
+        tokens = values(item).transpose(0, 2, 1).reshape(len(data), -1)
+        assert np.array_equal(tokens, data.reshape(len(data), -1).astype(np.float32), equal_nan=True)
+        assert np.array_equal(item.start_ns, to_ns(time_s[:: item.spec.samples_per_token]))
+        assert item.spec.modality == "behavior"
+    assert stream(session, "gaze").spec.channels == ("gaze/0", "gaze/1")
+    assert stream(session, "wheel_velocity").spec.unit == "m/s"
 
 
 @pytest.mark.parametrize(("unit", "turn"), [("degrees", 360.0), ("deg", 360.0), ("rad", 2 * np.pi)])
@@ -156,85 +255,7 @@ def test_names_are_unique_and_short_ones_carry_their_container(tmp_path: Path):
     assert snake_case("DfOverF") == "df_over_f" and snake_case("FIP_falling time") == "fip_falling_time"
 
 
-# ---------------------------------------------------------------- stimulus and intervals
-
-
-def movie(pixels: np.ndarray, **clock: object) -> ImageSeries:
-    return ImageSeries(name="frames", data=pixels, unit="n.a.", format="raw", **(clock or {"rate": 30.0}))
-
-
-def index_series(target: ImageSeries | Images, index: list[int], time_s: list[float]) -> IndexSeries:
-    """pynwb only reads the link to an ImageSeries, so the series is made the way that its reader makes it."""
-    link = "indexed_images" if isinstance(target, Images) else "indexed_timeseries"
-    series = IndexSeries.__new__(IndexSeries, in_construct_mode=True)
-    series.__init__(name="shown", data=index, unit="N/A", timestamps=time_s, **{link: target})
-    series._in_construct_mode = False
-    return series
-
-
-def test_an_index_series_points_into_the_pixels_of_its_template(tmp_path: Path):
-    pixels = RNG.integers(0, 256, (4, 6, 5), dtype=np.uint8)
-
-    def fill(nwb: NWBFile) -> None:
-        template = movie(pixels)
-        nwb.add_stimulus_template(template)
-        nwb.add_stimulus(index_series(template, [2, 0, 3, 9], [1.0, 1.5, 2.5, 2.6]))
-
-    session = plan(tmp_path, fill)
-    item, (stimulus,) = stream(session, "shown"), session.stimuli
-    assert values(item)[:, 0, 0].tolist() == [2, 0, 3, -1]
-    assert item.start_ns.tolist() == [1_000_000_000, 1_500_000_000, 2_500_000_000, 2_600_000_000]
-    assert (item.spec.kind, item.spec.channels, item.spec.stimulus) == ("frames", ("screen",), stimulus.digest)
-    assert np.array_equal(stimulus.reader.read(1, 4), pixels[1:])
-    assert "frame-index" in codes(session)
-    used = {row.path: row.used_as for row in session.coverage}
-    assert used["stimulus/templates/frames"] == used["stimulus/presentation/shown"] == "shown"
-
-
-def test_an_image_series_that_was_shown_is_its_own_index(tmp_path: Path):
-    pixels = RNG.random((30, 4, 5)).astype(np.float32)
-    session = plan(tmp_path, lambda nwb: nwb.add_stimulus(movie(pixels, rate=10.0, starting_time=2.0)))
-    assert values(stream(session, "frames"))[:, 0, 0].tolist() == list(range(30))
-    assert np.array_equal(session.stimuli[0].reader.read(0, 30), np.rint(pixels * 255.0).astype(np.uint8))
-
-
-def test_images_are_shown_in_their_order(tmp_path: Path):
-    first, second = (RNG.integers(0, 256, (3, 4), dtype=np.uint8) for _ in range(2))
-
-    def fill(nwb: NWBFile) -> None:
-        from pynwb.base import ImageReferences
-
-        pictures = [GrayscaleImage(name="a", data=first), GrayscaleImage(name="b", data=second)]
-        order = ImageReferences(name="order_of_images", data=pictures[::-1])
-        images = Images(name="images", images=pictures, order_of_images=order)
-        nwb.add_stimulus_template(images)
-        nwb.add_stimulus(index_series(images, [0, 1, 0], [1.0, 2.0, 3.0]))
-
-    (stimulus,) = plan(tmp_path, fill).stimuli
-    assert np.array_equal(stimulus.reader.read(0, 2), np.stack([second, first]))
-
-
-@pytest.mark.parametrize(
-    ("pixels", "message"),
-    [
-        (np.zeros((3, 4, 5), np.uint16), "pixels are uint16; only uint8"),
-        (np.full((3, 4, 5), 7.0), "floats beyond 0 to 1"),
-        (np.zeros((3, 4, 5, 2), np.uint8), r"\(3, 4, 5, 2\), expected frames x height x width"),
-    ],
-)
-def test_pixels_that_cannot_be_shown_are_skipped_with_the_reason(tmp_path: Path, pixels: np.ndarray, message: str):
-    with pytest.raises(UnusableFile, match=message):
-        plan(tmp_path, lambda nwb: nwb.add_stimulus(movie(pixels)))
-
-
-def test_a_template_that_nobody_shows_is_no_stimulus(tmp_path: Path):
-    def fill(nwb: NWBFile) -> None:
-        nwb.add_stimulus_template(movie(np.zeros((3, 4, 5), np.uint8)))
-        with_units([1.0, 2.0])(nwb)
-
-    session = plan(tmp_path, fill)
-    assert session.stimuli == ()
-    assert "no IndexSeries shows" in reason(session, "stimulus/templates/frames")
+# ---------------------------------------------------------------- intervals
 
 
 def test_trials_keep_their_columns_by_type(tmp_path: Path):
@@ -253,4 +274,4 @@ def test_trials_keep_their_columns_by_type(tmp_path: Path):
     assert {name: list(column) for name, column in trials.columns.items()} == {
         "is_good": [1.0, 0.0], "contrast": [3.0, 4.0], "outcome": ["hit", ""],
     }  # fmt: skip
-    assert reason(session, "intervals/trials/licks") == "a list in each row: not read yet"
+    assert reason(session, "intervals/trials/licks").startswith("a list in each row")

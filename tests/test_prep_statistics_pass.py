@@ -54,7 +54,6 @@ def test_mean_scale_and_features_of_counts_equal_numpys() -> None:
     assert_allclose(feature(result, "fano_token"), np.nanvar(sums, 0) / np.nanmean(sums, 0), rtol=1e-6)
     centred = x - np.nanmean(x, (0, 2), keepdims=True)
     assert_allclose(feature(result, "skewness"), np.nanmean(centred**3, (0, 2)) / np.nanstd(x, (0, 2)) ** 3, rtol=1e-5)
-    assert_array_equal(feature(result, "is_imaging"), 0)
 
 
 def test_correlations_equal_numpys_and_never_cross_a_border() -> None:
@@ -83,7 +82,6 @@ def test_a_trace_far_from_zero_loses_no_precision() -> None:
     assert_allclose(far.mean - 1e7, near.mean, atol=1)
     for name in ("skewness", "autocorr_sample", "autocorr_token", "population_coupling"):
         assert_allclose(feature(far, name), feature(near, name), atol=1e-5, err_msg=name)
-    assert_array_equal(feature(near, "is_imaging"), 1)
     assert_array_equal(feature(near, "log_rate"), 0)
 
 
@@ -118,7 +116,7 @@ def test_sources_that_were_never_observed_have_mean_zero_scale_one_and_finite_fe
     dtype = {"counts": np.uint8, "trace": np.float32, "frames": np.int32}[kind]
     result = statistics(np.full((700, 2, 1), fill, dtype), kind, modality)
     assert result.mean.tolist() == [0, 0] and result.scale.tolist() == [1, 1]
-    assert_array_equal(result.features[:, :-1], 0)
+    assert_array_equal(result.features, 0)
 
 
 def test_silent_units_and_constant_traces_have_floors() -> None:

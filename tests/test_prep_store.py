@@ -152,11 +152,11 @@ def store(tmp_path: Path) -> Path:
 
 def test_an_unknown_version_is_refused_with_the_remedy(store: Path) -> None:
     catalog = json.loads((store / "catalog.json").read_text())
-    (store / "catalog.json").write_text(json.dumps({**catalog, "format": 2}))
+    (store / "catalog.json").write_text(json.dumps({**catalog, "format": 99}))
     with pytest.raises(ShardFormatError) as refusal:
         Store(store)
     assert str(refusal.value) == (
-        f"{store}/catalog.json is format version 2; this code reads [1]. "
+        f"{store}/catalog.json is format version 99; this code reads [2]. "
         'Update the code, or run `make prep` again (FORMAT.md, "Versions").'
     )
 
@@ -199,13 +199,16 @@ def test_a_shard_cut_short_is_not_read(store: Path) -> None:
 
 def test_a_session_reads_what_its_plan_said(store: Path) -> None:
     opened = Store(store).session(0)
-    assert opened.stream_names == ["movie", "roi", "running", "spikes"]
+    assert opened.stream_names == ["licks", "movie", "roi", "running", "spikes"]
     assert opened.text("units/region") == ["CA1", "", "V1", "V1", "sübiculum"]
     assert opened.splits("valid") == [(12_000_009_000_000_000, 12_000_010_000_000_000)]
     assert opened.attributes["sources"][0]["file"] == "recording.nwb"
     roi = opened.stream("roi")
     assert roi.offset_ns is not None and roi.offset_ns.tolist() == [0, 7_000_000]
     assert roi.tokens(int(roi.start_ns[3]), int(roi.start_ns[5])) == slice(3, 5)
+    licks = opened.stream("licks")
+    assert (licks.spec.types, licks.spec.fields) == (("lick_left", "lick_right"), ("duration_s", "value"))
+    assert licks.types is not None and licks.types.tolist() == [0, 1, 0, 1, 0, 1, 0, 1, 0]
     with pytest.raises(StoreError, match="has no stream 'nope'; it has"):
         opened.stream("nope")
 

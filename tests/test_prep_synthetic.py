@@ -379,6 +379,17 @@ def test_a_session_without_behavior_has_one_reference_and_no_behavior_in_its_fil
         assert "behavior" not in file["processing"] and list(tmp_path.iterdir()) == [tmp_path / "mini01_t01.nwb"]
 
 
+def test_the_pulses_of_the_camera_are_those_of_the_session_on_its_own_clock(tmp_path: Path) -> None:
+    for path, spec in zip(synthetic.write_brain(tmp_path, None, "clocks", 0), PRESETS["clocks"], strict=True):
+        with h5py.File(path, "r") as file:
+            session_s, camera_s = (file[f"acquisition/{n}_pulses/timestamps"][()] for n in ("sync", "camera"))
+            volts = file["acquisition/photodiode/data"][()]
+        expected_s = brain_draw.on_camera_clock(spec, session_s)
+        nearest = np.abs(camera_s[:, None] - expected_s).min(axis=1)
+        assert len(camera_s) < len(session_s) and nearest.max() < 1e-4
+        assert ((volts[:-1] < 2.5) & (volts[1:] >= 2.5)).sum() == len(session_s)
+
+
 def test_the_truth_file_names_its_rows_on_the_grid_of_the_session_clock(written: tuple[list[Path], Path]) -> None:
     with np.load(written[1] / "t01.npz") as truth, h5py.File(written[0][0], "r") as file:
         index = json.loads(str(truth["index"]))
@@ -409,7 +420,7 @@ def test_a_write_that_fails_leaves_nothing_behind(tmp_path: Path, monkeypatch: p
 
 
 def test_an_unknown_preset_is_named_with_the_known_ones(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"preset 'huge' is unknown; choose one of \['demo', 'test'\]"):
+    with pytest.raises(ValueError, match=r"preset 'huge' is unknown; choose one of \['clocks', 'demo', 'test'\]"):
         synthetic.write_brain(tmp_path, None, "huge", seed=0)
 
 

@@ -4,8 +4,9 @@ In: arrays made up here. Out: nothing.
 """
 
 import numpy as np
+import pytest
 
-from prep.tokens import CountTokens, cos_sin, cut_samples, num_saturated
+from prep.tokens import CountTokens, Observed, cos_sin, cut_samples, num_saturated, observed_stretches
 
 
 def count(time_ns: list[int], unit: list[int], first_token: int = 0, num_tokens: int = 2, num_units: int = 2):
@@ -53,3 +54,41 @@ def test_samples_are_cut_at_the_bounds_and_the_rest_is_missing():
 def test_an_angle_becomes_cos_and_sin_side_by_side():
     pairs = cos_sin(np.array([[0.0, np.pi / 2]]))
     assert np.allclose(pairs, [[1, 0, 0, 1]])
+
+
+def observed(*stretches: list[tuple[int, int]], list_of: list[int]) -> Observed:
+    lists = [np.array(item, np.int64).reshape(-1, 2) for item in stretches]
+    return observed_stretches(lists, np.array(list_of, np.int32))
+
+
+def test_stretches_are_put_in_order_and_joined_where_they_touch():
+    result = observed([(50, 60), (0, 10), (10, 20), (5, 7)], [], [(3, 4)], list_of=[0, 1, 2])
+    assert result.start_ns.tolist() == [0, 50, 3]
+    assert result.stop_ns.tolist() == [20, 60, 4]
+    assert result.bounds.tolist() == [0, 2, 2, 3]
+
+
+def test_each_spike_is_placed_in_the_stretch_of_its_unit():
+    result = observed([(0, 10), (20, 30)], [], list_of=[0, -1, 1, 0])
+    time_ns = np.array([0, 10, 11, 20, 31, 5, 5, 25])
+    unit = np.array([0, 0, 0, 0, 0, 1, 2, 3])
+    assert result.place(time_ns, unit).tolist() == [0, 0, -1, 1, -1, 2, -1, 1]
+    assert result.place(np.zeros(0, np.int64), np.zeros(0, np.int64)).tolist() == []
+
+
+def test_bins_that_are_not_wholly_observed_are_missing_for_their_units_only():
+    bin_ns = 20_000_000
+    result = observed([(0, 5 * bin_ns), (6 * bin_ns + 1, 9 * bin_ns)], list_of=[0, -1])
+    counts = np.zeros((2, 2, 5), np.uint8)
+    result.hide(counts, 0)
+    assert counts[:, 0].tolist() == [[0, 0, 0, 0, 0], [255, 255, 0, 0, 255]]
+    assert counts[:, 1].sum() == 0
+    later = np.zeros((1, 2, 5), np.uint8)
+    result.hide(later, 1)
+    assert later[0].tolist() == counts[1].tolist()
+
+
+def test_the_share_of_observed_time_is_the_mean_over_units():
+    result = observed([(0, 10), (20, 30)], [(0, 40)], list_of=[0, 1, -1])
+    assert result.share(0, 40) == pytest.approx((0.5 + 1 + 1) / 3)
+    assert result.share(5, 25) == pytest.approx((0.5 + 1 + 1) / 3)

@@ -56,7 +56,12 @@ def read_everything(store: Path) -> dict[str, Any]:
         for name in session.stream_names:
             stream = session.stream(name)
             arrays = (stream.read(slice(0, stream.spec.num_tokens)), stream.start_ns, stream.mean, stream.scale)
-            result[f"{index}/{name}"] = (stream.spec, [a.tobytes() for a in arrays], str(stream.offset_ns))
+            result[f"{index}/{name}"] = (
+                stream.spec,
+                [a.tobytes() for a in arrays],
+                str(stream.offset_ns),
+                str(stream.types),
+            )
     for digest, entry in opened.catalog["stimuli"].items():
         result[digest] = opened.frames(digest).read(0, entry["shape"][0]).tobytes()
     return result
@@ -113,7 +118,7 @@ def test_a_catalog_that_lacks_a_session_is_found(store: Path, capsys: pytest.Cap
     (store / "d1" / "s2.manifest.json").unlink()
     assert main(["verify", str(store)]) == 1
     shown = capsys.readouterr().out
-    assert "catalog.json: its entry of d1/s2.zarr differs from the manifest, or one is missing" in shown
+    assert "catalog.json: its entry of d1/s2.zarr differs from d1/s2.manifest.json, or one is missing" in shown
 
 
 def test_what_runs_leave_behind_is_no_problem(store: Path) -> None:

@@ -19,7 +19,7 @@ from train.config import DataConfig, Family
 from train.masking import Mask, TokenTable
 from train.model.configuration_brainloom import BrainloomConfig
 from train.model.processing_brainloom import middle, standard_pixels, standardise
-from train.sources import SourceTable
+from train.sources import SourceTable, token_streams
 
 Array = npt.NDArray[Any]
 
@@ -103,9 +103,8 @@ class WindowReader:
 
     def _check_samples(self) -> None:
         for entry in self.store.entries:
-            for stream in entry["streams"]:
-                too_long = stream["samples_per_token"] > self.samples_per_token
-                if stream["kind"] != "frames" and too_long:
+            for _, stream in token_streams(entry):
+                if stream["samples_per_token"] > self.samples_per_token:
                     raise ConfigError(
                         f"{entry['path']}: stream {stream['name']} has {stream['samples_per_token']} samples "
                         f"per token; the model reads {self.samples_per_token}. Set "
@@ -123,9 +122,7 @@ class WindowReader:
         num_features = len(self.store.catalog["features"]["names"])
         features = session.array("units/features") if entry["num_units"] else np.zeros((0, num_features), np.float32)
         parts = []
-        for number, stream in enumerate(entry["streams"]):
-            if stream["kind"] == "frames":
-                continue
+        for number, stream in token_streams(entry):
             size, first = stream["num_sources"], stream["first_unit"]
             opened = session.stream(stream["name"])
             if first is None:
@@ -153,8 +150,8 @@ class WindowReader:
         session, entry = self.store.session(index), self.store.entries[index]
         parts = [
             self._read_stream(session, stream["name"], chosen, number, start_ns, start_ns + context_ns)
-            for number, stream in enumerate(entry["streams"])
-            if stream["kind"] != "frames" and (chosen.stream == number).any()
+            for number, stream in token_streams(entry)
+            if (chosen.stream == number).any()
         ]
         empty = np.zeros((0, self.samples_per_token), np.float32)
         none = np.zeros(0, np.int64)
@@ -261,7 +258,7 @@ def budget(store: Store, data: DataConfig, family: Family) -> Budget:
     activity = behavior = units = channels = 0
     for entry in store.entries:
         session_units, session_activity, session_behavior, session_channels = 0, 0, 0, 0
-        for stream in entry["streams"]:
+        for _, stream in token_streams(entry):
             tokens = stream["num_sources"] * (context_ns // max(1, stream["duration_ns"]) + 1)
             if stream["first_unit"] is not None:
                 session_units += stream["num_sources"]

@@ -136,7 +136,7 @@ def load_trained(run_dir: Path) -> Trained:
 
 def suits(task: Task, entry: dict[str, Any]) -> bool:
     """Does a session have what a task asks and sees? The stimulus alone is seen only where there is no behaviour."""
-    has = {stream["modality"] for stream in entry["streams"]}
+    has = {stream["modality"] for stream in entry["streams"] if stream["kind"] != "event"}
     alone = task.visible == ("stimulus",) and "behavior" in has
     return {task.modality, *task.visible} <= has and not alone
 

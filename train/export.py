@@ -26,6 +26,7 @@ from train.evaluate import Trained, load_trained
 from train.masking import Mask
 from train.model.modeling_brainloom import BrainloomForPreTraining
 from train.model.processing_brainloom import BrainloomProcessor
+from train.sources import token_streams
 
 Array = npt.NDArray[Any]
 disable_progress_bar()  # of reading and writing files that take milliseconds
@@ -72,7 +73,7 @@ def source_keys(trained: Trained, session: int) -> list[str]:
     entry, opened = trained.store.entries[session], trained.store.session(session)
     units = opened.text("units/unit_key") if entry["num_units"] else []
     keys = []
-    for stream in entry["streams"]:
+    for _, stream in token_streams(entry):
         first = stream["first_unit"]
         if first is not None:
             keys += units[first : first + stream["num_sources"]]
@@ -164,7 +165,7 @@ def raw_window(trained: Trained, window: Window, mask: Mask) -> dict[str, Array]
     arrays: dict[str, Array] = {"pixels": window.pixels if mask.frames else window.pixels[:0]}
     arrays["frame_time_s"] = window.frame_time_s if mask.frames else window.frame_time_s[:0]
     number = 0
-    for place, stream in enumerate(entry["streams"]):
+    for place, stream in token_streams(entry):
         own = np.flatnonzero(window.sources.stream == place)
         tokens = np.isin(window.tokens.source, own)
         if not tokens.any():

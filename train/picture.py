@@ -17,6 +17,7 @@ from matplotlib.axes import Axes
 from train.dataset import split_windows
 from train.evaluate import Trained, suits
 from train.masking import TASKS, Task, task_mask
+from train.sources import token_streams
 
 Array = npt.NDArray[Any]
 NUM_WINDOWS = 20
@@ -140,8 +141,8 @@ def _behavior(axis: Axes, trained: Trained, session: int, stretch: dict[str, Arr
 
 
 def _channels(trained: Trained, session: int) -> list[str]:
-    streams = trained.store.entries[session]["streams"]
-    return [channel for stream in streams if stream["modality"] == "behavior" for channel in stream["channels"]]
+    streams = token_streams(trained.store.entries[session])
+    return [channel for _, stream in streams if stream["modality"] == "behavior" for channel in stream["channels"]]
 
 
 def _explained(stretch: dict[str, Array], source: int) -> float:

@@ -12,6 +12,13 @@ import numpy.typing as npt
 
 from prep.store import Store
 
+READ_KINDS = ("counts", "trace")  # frames are read apart; events are not read yet
+
+
+def token_streams(entry: dict[str, Any]) -> list[tuple[int, dict[str, Any]]]:
+    """The streams of a session whose tokens the model reads, with their numbers in the catalog's entry."""
+    return [(number, stream) for number, stream in enumerate(entry["streams"]) if stream["kind"] in READ_KINDS]
+
 
 def stream_channels(entry: dict[str, Any], stream: dict[str, Any]) -> list[str]:
     """Keys of a behaviour stream's channels."""
@@ -29,7 +36,7 @@ class SourceTable:
             {
                 key
                 for entry in store.entries
-                for stream in entry["streams"]
+                for _, stream in token_streams(entry)
                 if stream["modality"] == "behavior"
                 for key in stream_channels(entry, stream)
             }

@@ -1,4 +1,4 @@
-"""Reads NWB files (HDF5) with h5py alone: what is in them, and what each object becomes.
+"""Reads NWB files (HDF5, and NWB-Zarr v2 and v3): what is in them, and what each object becomes.
 
 In: the path of a file and a recipe. Out: a SessionPlan (prep/plan.py).
 """

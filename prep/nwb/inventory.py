@@ -3,6 +3,7 @@
 In: the path of an HDF5 file. Out: its typed objects, and after the readers have passed, the coverage table.
 """
 
+import contextlib
 import fnmatch
 import hashlib
 import re
@@ -11,15 +12,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import h5py
+import numpy as np
+import numpy.typing as npt
 
-from prep.plan import Finding, Found, PlannedStream, PrepError
+from prep.nwb.file import address, is_group, links, neurodata_type, text_at
+from prep.plan import BrokenObject, Finding, Found, PlannedStimulus, PlannedStream, PrepError, Units
 from prep.recipe import Recipe
 from prep.store import sanitise
 
-CHUNK_CACHE_BYTES = 64 * 2**20  # chunks of 10 MiB do not fit HDF5's own 8 MiB
 COLUMN_TYPES = ("VectorData", "VectorIndex", "ElementIdentifiers", "DynamicTableRegion", "EnumData")
-EVENTS_LATER = "events are read in the next release"
+UNREADABLE = (OSError, RuntimeError, KeyError, IndexError, TypeError, ValueError)  # of a damaged or odd object
 
 # Why an object that no reader took was left out, in a physiologist's words.
 REASONS = {
@@ -32,26 +34,22 @@ REASONS = {
     "ImagingPlane": "imaging metadata",
     "OpticalChannel": "imaging metadata",
     "OptogeneticStimulusSite": "optogenetics metadata",
-    "OptogeneticSeries": "optogenetic stimulation is not read yet (next release)",
-    "ElectricalSeries": "voltages are not read yet (next release)",
+    "OptogeneticSeries": "optogenetic stimulation is not read",
+    "ElectricalSeries": "voltages are read as band power where the recipe asks for it (`lfp`)",
     "SpikeEventSeries": "spike waveforms are not read",
-    "LFP": "voltages are not read yet (next release)",
-    "DecompositionSeries": "band power is not read yet (next release)",
+    "LFP": "voltages are read as band power where the recipe asks for it (`lfp`)",
+    "DecompositionSeries": "band power of others is not read",
     "TwoPhotonSeries": "raw imaging: ROI traces are read instead",
     "OnePhotonSeries": "raw imaging: ROI traces are read instead",
     "ImageSegmentation": "image masks are not read",
     "PlaneSegmentation": "image masks are not read",
-    "ImageSeries": "camera images are not read yet",
+    "ImageSeries": "camera images are not read",
     "Images": "pictures that no stimulus series shows",
     "GrayscaleImage": "a picture that no stimulus series shows",
     "RGBImage": "a picture that no stimulus series shows",
     "RGBAImage": "a picture that no stimulus series shows",
     "Image": "a picture that no stimulus series shows",
-    "Events": EVENTS_LATER,
-    "EventsTable": EVENTS_LATER,
-    "IntervalSeries": EVENTS_LATER,
-    "AnnotationSeries": EVENTS_LATER,
-    "DynamicTable": "tables of this kind are not read yet",
+    "DynamicTable": "a table without a column of times",
 }
 INTRACELLULAR = re.compile(r"((Voltage|Current)Clamp(Stimulus)?|IZeroClamp|PatchClamp)Series|Sweep|Intracellular")
 
@@ -73,11 +71,17 @@ class Node:
 
 @dataclass(frozen=True, kw_only=True)
 class Draft:
-    """A planned stream and the time of its first and last sample (or spike), which splits are cut from."""
+    """A planned stream, and what the session needs to know beside it.
+
+    `units` are the rows of the unit table that the stream's sources are; the session sets the stream's first_unit.
+    """
 
     stream: PlannedStream
-    first_s: float
+    first_s: float  # time of the first sample (or spike, or event), which splits are cut from
     last_s: float
+    time_s: npt.NDArray[np.float64] | None = None  # (T,) of each sample or event: for audits across streams
+    units: Units | None = None
+    stimuli: tuple[PlannedStimulus, ...] = ()
 
 
 @dataclass(kw_only=True)
@@ -85,7 +89,7 @@ class Survey:
     """One open file while it is being planned: its objects, and the ledger of what became of them."""
 
     path: Path
-    file: h5py.File
+    file: Any  # the open root group
     recipe: Recipe
     dataset_id: str
     session_id: str
@@ -93,6 +97,10 @@ class Survey:
     found: dict[str, tuple[str | None, str]] = field(default_factory=dict)
     findings: list[Finding] = field(default_factory=list)
     names: set[str] = field(default_factory=lambda: {"spikes"})
+    also: dict[str, str] = field(default_factory=dict)  # object: a stream made of it beside what it is used as
+    clock_maps: dict[str, Any] = field(
+        default_factory=dict
+    )  # pattern: map of times from another clock to the session's
 
     def of_type(self, *types: str) -> Iterator[Node]:
         """Objects of these types that are not yet accounted for, in order of path."""
@@ -108,17 +116,38 @@ class Survey:
         """Account for an object: it was left out."""
         self.found[path] = (None, reason)
 
-    def note(self, code: str, path: str, message: str, action: str = "noted") -> None:
+    def refuse(self, path: str, message: str) -> None:
+        """Account for an object that is broken: it is left out, named in the summary, and the rest goes on."""
+        self.skip(path, message)
+        self.note("broken-object", path, message, "refused")
+
+    @contextlib.contextmanager
+    def reading(self, node: Node) -> Iterator[None]:
+        """Read one object: a PrepError skips it, a BrokenObject or an error of the file refuses it; others go on."""
+        num_findings, names, found = len(self.findings), set(self.names), dict(self.found)
+        try:
+            yield
+        except UNREADABLE as error:
+            del self.findings[num_findings:]
+            self.names, self.found = names, found
+            if isinstance(error, PrepError) and not isinstance(error, BrokenObject):
+                self.skip(node.path, str(error))
+            else:
+                told = str(error) if isinstance(error, PrepError) else f"it cannot be read ({one_line(error)})"
+                self.refuse(node.path, told)
+
+    def note(self, code: str, path: str, message: str, action: str = "noted", **numbers: float | list[float]) -> None:
         """Add a row to the clock audit."""
-        self.findings.append(Finding(code=code, path=path, action=action, message=message))
+        self.findings.append(Finding(code=code, path=path, action=action, message=message, numbers=numbers))
 
     def unit_key(self, unit: str) -> str:
         """dataset/session/unit."""
         return f"{self.dataset_id}/{self.session_id}/{sanitise(unit)}"
 
     def matches(self, node: Node, patterns: tuple[str, ...]) -> bool:
-        """Whether a recipe's list names this object, by path or by own name."""
-        return any(item.strip("/") in (node.path, node.name) for item in patterns)
+        """Whether a recipe's list names this object, by path or by own name; * and ? match as in a shell."""
+        stripped = (item.strip("/") for item in patterns)
+        return any(fnmatch.fnmatchcase(text, item) for item in stripped for text in (node.path, node.name))
 
     def path_of(self, item: Any) -> str:
         """Path of an object that was reached by a link: h5py's own name is then the link's."""
@@ -151,6 +180,8 @@ class Survey:
                 prefix = "" if node.path == "/" else f"{node.path}/"
                 inside = any(path.startswith(prefix) for path in used_inside)
                 used_as, reason = ("container", "") if node.is_group and inside else (None, self._reason(node))
+            if node.path in self.also:
+                used_as = f"{used_as}, {self.also[node.path]}" if used_as else self.also[node.path]
             rows.append(Found(path=node.path, neurodata_type=node.neurodata_type, used_as=used_as, reason=reason))
         return tuple(rows)
 
@@ -168,21 +199,15 @@ class Survey:
         return REASONS.get(node.neurodata_type, "nothing inside is used" if node.is_group else "not read yet")
 
 
-def open_file(path: Path) -> h5py.File:
-    """Open a recording for reading."""
-    return h5py.File(path, "r", rdcc_nbytes=CHUNK_CACHE_BYTES)
-
-
-def survey(path: Path, file: h5py.File, recipe: Recipe, dataset_id: str) -> Survey:
+def survey(path: Path, file: Any, recipe: Recipe, dataset_id: str) -> Survey:
     """Walk the file; objects that the recipe excludes are accounted for at once."""
     nodes, broken = walk(file)
-    session_id = text_at(file, "general/session_id") or path.name.removesuffix(".nwb")
     result = Survey(
         path=path,
         file=file,
         recipe=recipe,
         dataset_id=dataset_id,
-        session_id=sanitise(session_id),
+        session_id=named(text_at(file, "general/session_id"), path),
         nodes={node.path: node for node in nodes},
     )
     for link_path, reason in broken.items():
@@ -196,77 +221,46 @@ def survey(path: Path, file: h5py.File, recipe: Recipe, dataset_id: str) -> Surv
     return result
 
 
-def walk(file: h5py.File) -> tuple[list[Node], dict[str, str]]:
-    """Every typed object once, by the first path that leads to it; and the links that lead nowhere.
+def named(session_id: str, path: Path) -> str:
+    """A session's name that is safe on disk: its id, or the file's stem where it has none that can be written so."""
+    return sanitise(session_id if re.search(r"[A-Za-z0-9]", session_id) else stem(path))
 
-    Soft links are not followed: what they point to has a path of its own. External links are.
-    """
+
+def stem(path: Path) -> str:
+    """A file's name without what says that it is NWB."""
+    return path.name.removesuffix(".zarr").removesuffix(".nwb")
+
+
+def walk(file: Any) -> tuple[list[Node], dict[str, str]]:
+    """Every typed object once, by the first path that leads to it; and the links that lead nowhere."""
     nodes = [Node(path="/", neurodata_type=neurodata_type(file), is_group=True, parent="/")]
     broken: dict[str, str] = {}
-    seen = {_address(file)}
+    seen = {address(file)}
     pending = [(file["/"], "", "/")]
     while pending:
         group, prefix, parent = pending.pop()
-        for name in group:
+        for name, item, why in links(group):
             path = f"{prefix}{name}"
-            link = group.get(name, getlink=True)
-            if isinstance(link, h5py.SoftLink) or path == "specifications":
+            if path == "specifications":
                 continue
-            try:
-                item = group[name]
-            except (KeyError, OSError):
-                target = f"{link.filename}:{link.path}" if isinstance(link, h5py.ExternalLink) else "an object"
-                broken[path] = f"link to {target}, which cannot be opened"
+            if item is None:
+                broken[path] = why
                 continue
-            if _address(item) in seen:
+            if address(item) in seen:
                 continue
-            seen.add(_address(item))
+            seen.add(address(item))
             kind, holder = neurodata_type(item), parent
             if kind:
-                nodes.append(Node(path=path, neurodata_type=kind, is_group=isinstance(item, h5py.Group), parent=parent))
+                nodes.append(Node(path=path, neurodata_type=kind, is_group=is_group(item), parent=parent))
                 holder = path
-            if isinstance(item, h5py.Group):
+            if is_group(item):
                 pending.append((item, f"{path}/", holder))
     return sorted(nodes, key=lambda node: "" if node.path == "/" else node.path), broken
 
 
-def _address(item: Any) -> tuple[int, Any]:
-    info = h5py.h5o.get_info(item.id)
-    return int(info.fileno), info.addr
-
-
-def neurodata_type(item: Any) -> str:
-    """The object's type, "" if it has none."""
-    return as_text(item.attrs.get("neurodata_type", item.attrs.get("data_type", "")))
-
-
-def as_text(value: Any) -> str:
-    """A string of the file, whatever HDF5 made of it."""
-    if hasattr(value, "shape") and value.shape != ():
-        return as_text(value.flat[0]) if value.size else ""
-    return value.decode("utf-8", "replace") if isinstance(value, bytes) else str(value)
-
-
-def text_at(file: h5py.File, path: str) -> str:
-    """A text dataset of the file, "" if it is not there."""
-    item = get(file, path)
-    return as_text(item[()]).strip() if isinstance(item, h5py.Dataset) else ""
-
-
-def get(group: Any, path: str) -> Any:
-    """An object by path, None if it or a link on the way is missing."""
-    try:
-        return group[path]
-    except (KeyError, OSError, ValueError):
-        return None
-
-
-def dataset(group: Any, path: str) -> Any:
-    """A dataset by path; PrepError names it when it is missing."""
-    item = get(group, path)
-    if not isinstance(item, h5py.Dataset):
-        raise PrepError(f"it has no readable `{path}`")
-    return item
+def one_line(error: BaseException) -> str:
+    """What an error says, on one line."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
 
 
 def snake_case(name: str) -> str:

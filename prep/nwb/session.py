@@ -4,19 +4,50 @@ In: the path of a file, a recipe, the dataset's name. Out: a SessionPlan, or a P
 """
 
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import h5py
 import numpy as np
 
-from prep.nwb.behavior import read_behavior, read_intervals
-from prep.nwb.inventory import COLUMN_TYPES, INTRACELLULAR, Draft, Survey, as_text, open_file, survey, text_at
+from prep.nwb.behavior import read_behavior
+from prep.nwb.behavior_tables import read_behavior_tables
+from prep.nwb.clocks import read_sync
+from prep.nwb.events import read_events
+from prep.nwb.file import as_text, open_file, text_at
+from prep.nwb.intervals import read_intervals
+from prep.nwb.invalid import with_invalid
+from prep.nwb.inventory import COLUMN_TYPES, INTRACELLULAR, Draft, Survey, one_line, survey
+from prep.nwb.lfp import read_lfp
+from prep.nwb.pose import read_pose
+from prep.nwb.session_audit import audit_session
+from prep.nwb.signals import read_fibers, read_signals
+from prep.nwb.spike_features import with_spike_features
+from prep.nwb.splits import cut_splits
 from prep.nwb.stimulus import read_stimuli
-from prep.nwb.traces import join_units, read_traces
+from prep.nwb.stimulus_tables import read_stimulus_tables
+from prep.nwb.traces import read_traces
+from prep.nwb.trial_events import read_trial_events
 from prep.nwb.units import read_units
-from prep.plan import Finding, Found, PrepError, SessionPlan
-from prep.recipe import Recipe, Splits
-from prep.settings import SPLITS, to_ns
+from prep.plan import Finding, Found, PlannedStream, PrepError, SessionPlan, Units
+from prep.recipe import Recipe
+
+# In turn: who comes first has the first claim to an object, and units in this order.
+READERS = (
+    read_units,
+    read_traces,
+    read_fibers,
+    read_lfp,
+    read_signals,
+    read_events,
+    read_behavior,
+    read_behavior_tables,
+    read_pose,
+    read_stimuli,
+    read_stimulus_tables,
+    read_trial_events,
+)
 
 
 class UnusableFile(PrepError):
@@ -27,75 +58,116 @@ class UnusableFile(PrepError):
 
 
 def plan_session(path: Path, recipe: Recipe, dataset_id: str) -> SessionPlan:
-    """Plan what becomes of one NWB file. Raises PrepError with one line; the caller knows which file it was."""
+    """Plan what becomes of one NWB file. Raises PrepError with one line; the caller knows which file it was.
+
+    A file that opens and is refused raises UnusableFile, with the coverage of all that is in it.
+    """
     path = Path(path)
     _refuse_by_path(path)
     try:
         with open_file(path) as file:
-            _refuse_by_version(file)
-            return _plan(survey(path, file, recipe, dataset_id))
-    except (OSError, RuntimeError) as error:  # h5py's errors of a damaged file
-        raise PrepError(f"the file is damaged or not complete ({_one_line(error)}). Get it again.") from error
-
-
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split())[:200]
+            session = survey(path, file, recipe, dataset_id)
+            _refuse_by_version(session)
+            return _plan(session)
+    except (OSError, RuntimeError) as error:  # of a damaged file
+        raise PrepError(f"the file is damaged or not complete ({one_line(error)}). Get it again.") from error
 
 
 def _refuse_by_path(path: Path) -> None:
     if not path.exists():
         raise PrepError(f"no such file: {path}. Check the path.")
     if path.is_dir():
-        is_zarr = (path / ".zgroup").exists() or (path / "zarr.json").exists()
-        what = "NWB-Zarr folders are not read yet (next release)" if is_zarr else "a folder, not an NWB file"
-        raise PrepError(f"{what}.")
+        if not ((path / ".zgroup").exists() or (path / "zarr.json").exists()):
+            raise PrepError("a folder, not an NWB file; an NWB-Zarr folder has .zgroup or zarr.json at its top.")
+        return
     if path.stat().st_size == 0:
         raise PrepError("the file has 0 bytes. Get it again.")
     if not h5py.is_hdf5(path):
         raise PrepError("not an HDF5 file, so not NWB. Is it a pointer (git-lfs, git-annex) or a broken download?")
 
 
-def _refuse_by_version(file: h5py.File) -> None:
+def _refuse_by_version(session: Survey) -> None:
+    file = session.file
+    what = "a Zarr folder" if session.path.is_dir() else "an HDF5 file"
     version = (as_text(file.attrs.get("nwb_version", "")) or text_at(file, "nwb_version")).removeprefix("NWB-")
     if not len(file):
-        raise PrepError("an HDF5 file with nothing in it.")
+        raise _unusable(session, f"{what} with nothing in it.")
     if not version and "neurodata_type" not in file.attrs:
-        raise PrepError("an HDF5 file, but not NWB (no nwb_version).")
+        raise _unusable(session, f"{what}, but not NWB (no nwb_version).")
     if version.startswith(("0.", "1.")):
-        raise PrepError(f"NWB version {version}, which is NWB 1; only NWB 2 is read. Convert it to NWB 2.")
+        for path in session.nodes.keys() - session.found.keys():
+            session.skip(path, "NWB 1 is not read")
+        raise _unusable(session, f"NWB version {version}, which is NWB 1; only NWB 2 is read. Convert it to NWB 2.")
 
 
 def _plan(session: Survey) -> SessionPlan:
-    drafts: list[Draft] = []
-    unit_tables = []
-    units, spikes = read_units(session)
-    if units is not None and spikes is not None:
-        unit_tables.append(units)
-        drafts.append(spikes)
-    rois, traces = read_traces(session, len(units.unit_key) if units else 0)
-    unit_tables += [rois] if rois is not None else []
-    drafts += traces + read_behavior(session)
-    shown, stimuli = read_stimuli(session)
-    drafts += shown
+    read_sync(session)
+    drafts = [draft for read in READERS for draft in read(session)]
     intervals = read_intervals(session)
+    audit_session(session, drafts)
+    drafts = with_invalid(drafts, intervals)
     _use_session_metadata(session)
     _note_unmatched(session)
     if not drafts:
         raise _unusable(session, _nothing_to_use(session))
-    splits = cut_splits(session, drafts)
+    try:
+        splits = cut_splits(session, drafts, intervals)
+    except PrepError as error:
+        raise _unusable(session, str(error)) from error
+    streams, units = number_units(drafts)
+    units = with_spike_features(units, streams, splits)
     return SessionPlan(
         dataset_id=session.dataset_id,
         session_id=session.session_id,
         subject_id=text_at(session.file, "general/subject/subject_id"),
         source=session.path,
         licence=session.recipe.licence,
-        units=join_units(unit_tables),
-        streams=tuple(draft.stream for draft in drafts),
-        stimuli=stimuli,
+        units=units,
+        streams=streams,
+        stimuli=tuple({stimulus.digest: stimulus for draft in drafts for stimulus in draft.stimuli}.values()),
         intervals=intervals,
         splits=splits,
         coverage=session.coverage(),
         findings=tuple(session.findings),
+    )
+
+
+def number_units(drafts: list[Draft]) -> tuple[tuple[PlannedStream, ...], Units]:
+    """The streams, each with the row of its first unit in the session's unit table, and that table."""
+    streams: list[PlannedStream] = []
+    parts: list[Units] = []
+    for draft in drafts:
+        if draft.units is None:
+            streams.append(draft.stream)
+            continue
+        spec = replace(draft.stream.spec, first_unit=sum(len(part.unit_key) for part in parts))
+        streams.append(replace(draft.stream, spec=spec))
+        parts.append(draft.units)
+    return tuple(streams), join_units(parts)
+
+
+def join_units(parts: list[Units]) -> Units:
+    """Rows of several unit tables, one after the other."""
+    sizes = [len(part.unit_key) for part in parts]
+    unknown = [np.full(size, np.nan, np.float32) for size in sizes]
+
+    def column(name: str) -> np.ndarray[Any, Any] | None:
+        given = [getattr(part, name) for part in parts]
+        if all(values is None for values in given):
+            return None
+        width = next(values.shape[1:] for values in given if values is not None)
+        blank = [np.broadcast_to(row.reshape(-1, *[1] * len(width)), (len(row), *width)) for row in unknown]
+        return np.concatenate([none if values is None else values for values, none in zip(given, blank, strict=True)])
+
+    return Units(
+        unit_key=[key for part in parts for key in part.unit_key],
+        kind=[kind for part in parts for kind in part.kind],
+        region=[region for part in parts for region in part.region],
+        quality=[quality for part in parts for quality in part.quality],
+        xyz_um=np.concatenate([np.zeros((0, 3), np.float32), *(part.xyz_um for part in parts)]),
+        depth_um=column("depth_um"),
+        waveform_ms=column("waveform_ms"),
+        spike_features=column("spike_features"),
     )
 
 
@@ -112,6 +184,10 @@ def _note_unmatched(session: Survey) -> None:
         ("angles", recipe.angles),
         ("not_angles", recipe.not_angles),
         ("series", recipe.series),
+        ("units", recipe.units),
+        ("events", recipe.events),
+        ("not_events", recipe.not_events),
+        ("stimulus_tables", recipe.stimulus_tables),
         ("names", tuple(recipe.names)),
     ):
         for pattern in patterns:
@@ -121,8 +197,14 @@ def _note_unmatched(session: Survey) -> None:
 
 
 def _unusable(session: Survey, message: str) -> UnusableFile:
+    """The refusal of a file that opens: nothing in it is used, whatever the readers made of it before."""
+    for path, (used_as, _) in list(session.found.items()):
+        if used_as is not None:
+            session.skip(path, "the file is refused")
+    session.also.clear()
     error = UnusableFile(message)
-    error.coverage, error.findings = session.coverage(), tuple(session.findings)
+    error.coverage = tuple(row for row in session.coverage() if row.neurodata_type)
+    error.findings = tuple(session.findings)
     return error
 
 
@@ -138,48 +220,4 @@ def _nothing_to_use(session: Survey) -> str:
         if kind != "ProcessingModule"
     ]
     instead = f" It holds {', '.join(told)}." if told else ""
-    return f"nothing to use: no units, ROI traces, behaviour or stimulus pixels.{instead}"
-
-
-# ---------------------------------------------------------------- splits
-
-
-def cut_splits(session: Survey, drafts: list[Draft]) -> tuple[tuple[int, int, str], ...]:
-    """Train, valid and test as [start_ns, stop_ns), label, in order of time."""
-    splits = session.recipe.splits
-    if splits.explicit:
-        spans = [(span.start_s, span.stop_s, span.label) for span in splits.explicit]
-    else:
-        reference = _reference(session, splits, drafts)
-        spans = fraction_spans(reference.first_s, reference.last_s, splits)
-        wanted = {label for label, part in zip(SPLITS, splits.fractions, strict=True) if part > 0}
-        for label in sorted(wanted - {label for _, _, label in spans}):
-            message = f"the session is too short for a {label} split with gaps of {splits.gap_s} s; it has none"
-            session.note("short-session", reference.stream.spec.name, message)
-    return tuple(sorted((int(to_ns(start)), int(to_ns(stop)), label) for start, stop, label in spans))
-
-
-def _reference(session: Survey, splits: Splits, drafts: list[Draft]) -> Draft:
-    """The stream whose time is split: the recipe's, else spikes, else the first traces, else the first stream."""
-    if splits.reference is None:
-        return drafts[0]
-    wanted = splits.reference.strip("/")
-    for draft in drafts:
-        if wanted in (draft.stream.spec.name, draft.stream.spec.origin):
-            return draft
-    names = ", ".join(draft.stream.spec.name for draft in drafts)
-    found = f"the recipe's `splits.reference` is {splits.reference!r}, but the session's streams are {names}"
-    raise _unusable(session, f"{found}. Name one of them.")
-
-
-def fraction_spans(first_s: float, last_s: float, splits: Splits) -> list[tuple[float, float, str]]:
-    """Contiguous pieces of [first, last], each shrunk by half the gap at inner borders; too short ones are left out."""
-    borders = [first_s + round(float(part), 12) * (last_s - first_s) for part in np.cumsum((0.0, *splits.fractions))]
-    borders[0], borders[-1] = first_s, last_s
-    half = splits.gap_s / 2
-    spans = []
-    for label, start, stop in zip(SPLITS, borders, borders[1:], strict=False):
-        begin, end = start + half * (start > first_s), stop - half * (stop < last_s)
-        if end > begin:
-            spans.append((begin, end, label))
-    return spans
+    return f"nothing to use: no units, traces, behaviour, events or stimuli.{instead}"

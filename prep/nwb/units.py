@@ -1,260 +1,300 @@
-"""Sorted units: spike times to counts, and what is known about each unit.
+"""Sorted units: which tables and rows are read, when each unit was observed, and their stream of spike counts.
 
-In: the file's /units table. Out: the stream `spikes`, and its rows of the session's unit table.
+In: tables of units, wherever they stand in the file. Out: streams `spikes`, and their rows of the session's unit table.
 """
 
-from collections import Counter
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-import h5py
 import numpy as np
 import numpy.typing as npt
 
-from prep.nwb.inventory import Draft, Survey, as_text, get, open_file
-from prep.plan import PlannedStream, PrepError, Units
+from prep.nwb.file import as_text, enum_words, get, is_dataset, is_text, ragged_stops
+from prep.nwb.inventory import UNREADABLE, Draft, Node, Survey, snake_case
+from prep.nwb.spikes import Extent, SpikeReader, SpikeTimes, audited, repaired
+from prep.nwb.unit_metadata import describe
+from prep.plan import BrokenObject, PlannedStream, PrepError
 from prep.settings import BIN_NS, TOKEN_NS, to_ns
 from prep.store import StreamSpec
-from prep.tokens import BINS_PER_TOKEN, CountTokens, num_saturated
+from prep.sync import ClockMap
+from prep.tokens import BINS_PER_TOKEN, Observed, observed_stretches
 
-Array = npt.NDArray[Any]
-TABLE = "units"
-BLOCK_SPIKES = 4_000_000
-LONGEST_SESSION_S = 30 * 86_400.0
-READ_COLUMNS = ("spike_times", "spike_times_index", "id", "electrodes", "electrodes_index", "electrode_group")
+Index = npt.NDArray[np.int64]
+Bool = npt.NDArray[np.bool_]
 
-
-@dataclass(frozen=True, kw_only=True)
-class SpikeReader:
-    """Counts spikes of the tokens asked for; reads spike_times in bulk, never per unit."""
-
-    path: Path
-    stops: npt.NDArray[np.int64]  # (U,) end of each unit's spikes in spike_times
-    first_token: int
-    drop_minus_one: bool
-
-    def read(self, start: int, stop: int) -> npt.NDArray[np.uint8]:
-        """Counts of tokens [start, stop) as (stop - start, U, P)."""
-        tokens = CountTokens(self.first_token + start, stop - start, len(self.stops))
-        with open_file(self.path) as file:
-            spikes = file[f"{TABLE}/spike_times"]
-            for begin in range(0, len(spikes), BLOCK_SPIKES):
-                time_s = spikes[begin : begin + BLOCK_SPIKES].astype(np.float64)
-                row = np.arange(begin, begin + len(time_s))
-                keep = valid_spikes(time_s, self.drop_minus_one) & (row < self.stops[-1])
-                unit = np.searchsorted(self.stops, row[keep], side="right")
-                tokens.add(to_ns(time_s[keep]), unit)
-        return tokens.values()
+ROOT_TABLE = "units"
+SPIKE_COLUMNS = ("spike_times", "spike_times_index", "id")
 
 
-def valid_spikes(time_s: npt.NDArray[np.float64], drop_minus_one: bool) -> npt.NDArray[np.bool_]:
-    """Which spike times are times; -1 is a placeholder where all others are positive."""
-    valid: npt.NDArray[np.bool_] = np.isfinite(time_s)
-    return valid & (time_s != -1) if drop_minus_one else valid
+def read_units(survey: Survey) -> list[Draft]:
+    """Plan a stream of spikes for each table of units that is read (NWB type Units); a broken table is refused.
+
+    Raises PrepError where the recipe's `keep_units` does not fit a table.
+    """
+    chosen = _chosen(survey)
+    drafts: list[Draft] = []
+    for number, node in enumerate(chosen):
+        kept = _kept_rows(survey, node)
+        with survey.reading(node):
+            prefix = f"{_short_name(chosen, node)}-" if len(chosen) > 1 else ""
+            name = _stream_name(survey, node, number, prefix)
+            drafts.append(_plan(survey, node, kept, name, prefix))
+    return drafts
 
 
-def read_units(survey: Survey) -> tuple[Units | None, Draft | None]:
-    """Plan the stream `spikes`. Raises PrepError where the table's index is broken."""
-    node = survey.nodes.get(TABLE)
-    if node is None or TABLE in survey.found:
-        return None, None
-    group = survey.file[TABLE]
-    if get(group, "spike_times") is None or get(group, "spike_times_index") is None:
-        survey.skip(TABLE, "the units have no spike times")
-        return None, None
+# ---------------------------------------------------------------- tables and rows
+
+
+def _chosen(survey: Survey) -> list[Node]:
+    """The tables that are read: the recipe's; else the root's, else the first by path that has spikes."""
+    tables = [node for node in survey.nodes.values() if node.path not in survey.found and _is_table(survey, node)]
+    tables.sort(key=lambda node: (node.path != ROOT_TABLE, node.path))
+    wanted = [node for node in tables if survey.matches(node, survey.recipe.units)]
+    with_spikes = [node for node in tables if _has_spikes(survey, node)]
+    for node in tables:
+        if node not in with_spikes:
+            survey.skip(node.path, "the units have no spike times")
+    chosen = [node for node in wanted if node in with_spikes] if survey.recipe.units else with_spikes[:1]
+    for node in with_spikes:
+        if node not in chosen:
+            other = "another table of units is read" if chosen else "the recipe reads other tables"
+            survey.skip(node.path, f"{other}; name it in the recipe's `units`")
+    return chosen
+
+
+def _is_table(survey: Survey, node: Node) -> bool:
+    """Of type Units, or of another type (an extension's) but with spike times."""
+    is_units = node.neurodata_type == "Units" or node.path == ROOT_TABLE
+    return node.is_group and (is_units or _has_spikes(survey, node))
+
+
+def _has_spikes(survey: Survey, node: Node) -> bool:
+    group = survey.file[node.path] if f"{node.path}/spike_times" in survey.nodes or node.path == ROOT_TABLE else None
+    return group is not None and all(is_dataset(get(group, name)) for name in ("spike_times", "spike_times_index"))
+
+
+def _short_name(tables: list[Node], node: Node) -> str:
+    """What tells a table from the others: its own name, or with those of its containers."""
+    names = [snake_case(other.name) for other in tables]
+    return snake_case(node.name if names.count(snake_case(node.name)) == 1 else node.path.removeprefix("processing/"))
+
+
+def _stream_name(survey: Survey, node: Node, number: int, prefix: str) -> str:
+    given = {key.strip("/") for key in survey.recipe.names}
+    if node.path in given or node.name in given:
+        return survey.stream_name(node)
+    name = "spikes" if number == 0 else f"spikes_{prefix.removesuffix('-')}"
+    survey.names.add(name)
+    return name
+
+
+def _kept_rows(survey: Survey, node: Node) -> Bool | None:
+    """Which rows (R,) the recipe's `keep_units` keeps, None where it says nothing. Raises PrepError."""
+    if not survey.recipe.keep_units:
+        return None
+    group = survey.file[node.path]
+    num_rows = len(group["spike_times_index"])
+    kept = np.ones(num_rows, np.bool_)
+    for column, wanted in survey.recipe.keep_units.items():
+        cells = _cells(group, column, num_rows)
+        if cells is None:
+            names = sorted(name for name in group if is_dataset(get(group, name)))
+            raise PrepError(
+                f"`keep_units` of the recipe names the column {column!r}, but {node.path} has no such column with one "
+                f"value for each unit. Its columns are {', '.join(names)}."
+            )
+        fits = np.array([_is_same(cell, value) for cell in cells for value in wanted], np.bool_)
+        fits = fits.reshape(num_rows, len(wanted))
+        if not fits.any():
+            values = ", ".join(sorted(set(cells))[:10])
+            raise PrepError(
+                f"`keep_units` of the recipe keeps units whose {column} is {' or '.join(wanted)}, but in {node.path} "
+                f"none is. Found: {values}."
+            )
+        for value, found in zip(wanted, fits.T, strict=True):
+            if not found.any():
+                message = f"`keep_units` of the recipe names it for {column}, but no unit of {node.path} has it"
+                survey.note("recipe-unmatched", value, message)
+        kept &= fits.any(axis=1)
+    if not kept.any():
+        raise PrepError(f"`keep_units` of the recipe keeps none of the {num_rows} units of {node.path}. Ask for less.")
+    return kept
+
+
+def _cells(group: Any, name: str, num_rows: int) -> list[str] | None:
+    """A column as texts, None if there is none with one value for each row."""
+    column = get(group, name)
+    if not is_dataset(column) or column.shape != (num_rows,) or f"{name}_index" in group:
+        return None
+    if is_text(column):
+        return [as_text(value).strip() for value in column[()]]
+    words = enum_words(column)
+    return [words.get(int(value), "") if words else str(value) for value in column[()]]
+
+
+def _is_same(cell: str, wanted: str) -> bool:
+    """Texts alike but for capitals, numbers alike however written: 1 is 1.0."""
+    if cell.lower() == wanted.strip().lower():
+        return True
+    try:
+        return float(cell) == float(wanted)
+    except ValueError:
+        return False
+
+
+# ---------------------------------------------------------------- the stream
+
+
+def _plan(survey: Survey, node: Node, kept: Bool | None, name: str, prefix: str) -> Draft:
+    group = survey.file[node.path]
     stops = spike_index(group)
-    draft = _plan_spikes(survey, group, stops)
-    if draft is None:
-        return None, None
-    survey.use(TABLE, "spikes")
-    units, columns = _describe(survey, group, len(stops))
-    is_observed = _observed_throughout(survey, group, len(stops), draft.first_s, draft.last_s)
-    for path in survey.nodes:
-        if path.startswith(f"{TABLE}/") and path not in survey.found:
-            name = path.removeprefix(f"{TABLE}/")
-            if name in READ_COLUMNS or name in columns:
-                survey.use(path, "spikes")
-            elif name.startswith("obs_intervals") and is_observed:
-                survey.use(path, "spikes", "all units were observed throughout")
-            elif name.startswith("obs_intervals"):
-                survey.skip(path, "times of observation are not applied yet (next release)")
-            else:
-                survey.skip(path, "a unit column that is not read")
-    return units, draft
+    rows = np.arange(len(stops)) if kept is None else np.flatnonzero(kept)
+    times = SpikeTimes(
+        path=survey.path,
+        dataset=f"{node.path}/spike_times",
+        stops=stops,
+        num_units=len(rows),
+        source=None if kept is None else np.where(kept, np.cumsum(kept) - 1, -1).astype(np.int32),
+        to_session=_map_to_session(survey, node),
+    )
+    if kept is not None:
+        message = f"{len(stops) - len(rows)} of {len(stops)} units are left out by `keep_units` of the recipe"
+        survey.note("keep-units", node.path, message, num_left_out=len(stops) - len(rows))
+    times = repaired(survey, times)
+    observed = _observed(survey, node, rows, times)
+    extent = audited(survey, times, observed)
+    if observed is not None and extent.num_unobserved == extent.num_spikes:
+        message = "none of the spikes lies in them, so they are on another clock; they are "
+        survey.findings = [finding for finding in survey.findings if finding.code != "spikes-outside-observed"]
+        survey.refuse(f"{node.path}/obs_intervals", f"{message}not applied. Write them on the session's clock.")
+        observed = None
+    told = "" if observed is not None else "no times of observation: every unit counts as observed throughout"
+    _note_share(survey, node, observed, extent)
+    survey.use(node.path, name, told)
+    units, read = describe(survey, node, rows, prefix)
+    _account(survey, node, name, {*SPIKE_COLUMNS, *read, *(("obs_intervals",) if observed is not None else ())})
+    reader = SpikeReader(times=times, first_token=int(to_ns(extent.first_s) // TOKEN_NS), observed=observed)
+    stream = _stream(reader, name, node.path, int(to_ns(extent.last_s) // TOKEN_NS) + 1)
+    return Draft(stream=stream, first_s=float(extent.first_s), last_s=float(extent.last_s), units=units)
 
 
-def spike_index(group: Any) -> npt.NDArray[np.int64]:
-    """End of each unit's spikes (U,); PrepError where it does not fit spike_times."""
-    stops: npt.NDArray[np.int64] = group["spike_times_index"][()].astype(np.int64)
-    num_spikes, num_units = len(group["spike_times"]), len(stops)
-    if "id" in group and len(group["id"]) != num_units:
-        found = f"{len(group['id'])} units, but spike_times_index has {num_units} rows"
-        raise PrepError(f"the units table is broken: {found}. Write the file again.")
-    if num_units and (np.diff(stops, prepend=0) < 0).any():
-        raise PrepError("the units table is broken: spike_times_index goes backwards. Was an index overwritten?")
-    if num_units and stops[-1] > num_spikes:
-        raise PrepError(
-            f"the units table is broken: spike_times_index points to spike {stops[-1]:,}, but spike_times has only "
-            f"{num_spikes:,}. The file is truncated or a stub; get the whole recording."
-        )
-    return stops
-
-
-def _plan_spikes(survey: Survey, group: Any, stops: npt.NDArray[np.int64]) -> Draft | None:
-    path = f"{TABLE}/spike_times"
-    num_spikes = int(stops[-1]) if len(stops) else 0
-    time_s = group["spike_times"][:num_spikes].astype(np.float64)
-    unit = np.repeat(np.arange(len(stops)), np.diff(stops, prepend=0))
-    drop_minus_one = _repairs(survey, path, time_s, len(group["spike_times"]) - num_spikes)
-    keep = valid_spikes(time_s, drop_minus_one)
-    time_s, unit = time_s[keep], unit[keep]
-    if len(time_s) == 0:
-        survey.skip(TABLE, "the units have no spikes")
-        return None
-    if ((np.diff(time_s) < 0) & (np.diff(unit) == 0)).any():
-        survey.note("unsorted", path, "spikes of a unit are not in order of time; they are sorted", "repaired")
-        order = np.lexsort((time_s, unit))
-        time_s, unit = time_s[order], unit[order]
-    first_s, last_s = float(time_s.min()), float(time_s.max())
-    if last_s - first_s > LONGEST_SESSION_S:
-        survey.skip(TABLE, f"spike times run from {first_s:.6g} s to {last_s:.6g} s, more than 30 days: not one clock")
-        return None
-    time_ns = to_ns(time_s)
-    saturated = num_saturated(time_ns, unit)
-    if saturated:
-        survey.note("saturated", path, f"{saturated} spikes beyond 254 in one 20 ms bin are not counted", "repaired")
-    first_token = int(time_ns.min() // TOKEN_NS)
-    num_tokens = int(time_ns.max() // TOKEN_NS) - first_token + 1
+def _stream(reader: SpikeReader, name: str, origin: str, stop_token: int) -> PlannedStream:
+    num_tokens = stop_token - reader.first_token
     spec = StreamSpec(
-        name="spikes",
+        name=name,
         kind="counts",
         modality="spikes",
         num_tokens=num_tokens,
-        num_sources=len(stops),
+        num_sources=reader.times.num_units,
         samples_per_token=BINS_PER_TOKEN,
         duration_ns=TOKEN_NS,
         sample_ns=BIN_NS,
-        first_unit=0,
         unit="spikes",
-        origin=TABLE,
+        origin=origin,
     )
-    reader = SpikeReader(path=survey.path, stops=stops, first_token=first_token, drop_minus_one=drop_minus_one)
-    start_ns = (first_token + np.arange(num_tokens, dtype=np.int64)) * TOKEN_NS
-    return Draft(stream=PlannedStream(spec=spec, start_ns=start_ns, reader=reader), first_s=first_s, last_s=last_s)
+    start_ns = (reader.first_token + np.arange(num_tokens, dtype=np.int64)) * TOKEN_NS
+    return PlannedStream(spec=spec, start_ns=start_ns, reader=reader)
 
 
-def _repairs(survey: Survey, path: str, time_s: npt.NDArray[np.float64], num_unowned: int) -> bool:
-    """Report spikes that are no spikes; returns whether -1 is a placeholder here."""
-    finite = np.isfinite(time_s)
-    minus_one = time_s == -1
-    is_placeholder = bool(minus_one.any() and (time_s[finite & ~minus_one] >= 0).all())
-    for code, count, what in (
-        ("non-finite-time", int((~finite).sum()), "spike times are not numbers"),
-        ("placeholder-time", int(minus_one.sum()) if is_placeholder else 0, "spike times are -1, a placeholder"),
-        ("unowned", num_unowned, "spike times belong to no unit"),
-    ):
-        if count:
-            survey.note(code, path, f"{count} {what}; they are dropped", "repaired")
-    return is_placeholder
+def _map_to_session(survey: Survey, node: Node) -> ClockMap | None:
+    """The recipe's map of another clock that this table is on, None if it is on the session's."""
+    parts = node.path.split("/")
+    above = ["/".join(parts[: i + 1]) for i in range(len(parts))]
+    holders = [survey.nodes[path] for path in above if path in survey.nodes]
+    for pattern, found in survey.clock_maps.items():
+        if any(survey.matches(holder, (pattern,)) for holder in holders):
+            clock_map: ClockMap = found
+            return clock_map
+    return None
 
 
-def _observed_throughout(survey: Survey, group: Any, num_units: int, first_s: float, last_s: float) -> bool:
-    """Whether obs_intervals say no more than that every unit was there from first to last spike."""
-    intervals = get(group, "obs_intervals")
-    if not isinstance(intervals, h5py.Dataset):
-        return True
-    is_whole = (
-        intervals.shape == (num_units, 2) and (intervals[:, 0] <= first_s).all() and (intervals[:, 1] >= last_s).all()
-    )
-    if not is_whole:
-        message = "times of observation are not applied yet (next release); outside them units count as silent"
-        survey.note("obs-intervals", intervals.name.strip("/"), message)
-    return bool(is_whole)
+def _account(survey: Survey, node: Node, name: str, read: set[str]) -> None:
+    """Every column of the table is used, or skipped with the reason."""
+    for path in survey.nodes:
+        if path.startswith(f"{node.path}/") and path not in survey.found:
+            column = path.removeprefix(f"{node.path}/")
+            if column in read or column.removesuffix("_index") in read:
+                survey.use(path, name)
+            elif column.startswith("obs_intervals"):
+                survey.skip(path, "its times are not applied")
+            else:
+                survey.skip(path, "a unit column that is not read")
 
 
-def _describe(survey: Survey, group: Any, num_units: int) -> tuple[Units, set[str]]:
-    """What the file says about each unit, and the names of the columns that said it."""
-    ids = [str(value) for value in group["id"][()]] if "id" in group else [str(i) for i in range(num_units)]
-    repeated = {name for name, count in Counter(ids).items() if count > 1}
-    ids = [f"{name}-{row}" if name in repeated else name for row, name in enumerate(ids)]
-    quality_column = next((name for name in ("quality", "KSLabel") if _texts(group, name, num_units)), "")
-    region_column = "location" if _texts(group, "location", num_units) else ""
-    rows = _electrode_rows(group, num_units)
-    table = _electrodes(survey, group)
-    region = _texts(group, region_column, num_units) or _group_regions(survey, group, num_units)
-    units = Units(
-        unit_key=[survey.unit_key(name) for name in ids],
-        kind=["unit"] * num_units,
-        region=region or _electrode_regions(table, rows) or [""] * num_units,
-        quality=_texts(group, quality_column, num_units) or [""] * num_units,
-        xyz_um=_positions(table, rows, num_units),
-    )
-    return units, {quality_column, region_column} - {""}
+def spike_index(group: Any) -> Index:
+    """End of each row's spikes (R,); BrokenObject where it does not fit spike_times."""
+    stops: Index = ragged_stops(group["spike_times_index"], len(group["spike_times"]), "spike")
+    ids = get(group, "id")
+    if is_dataset(ids) and len(ids) != len(stops):
+        raise BrokenObject(f"it has {len(ids)} units, but spike_times_index has {len(stops)} rows")
+    return stops
 
 
-def _texts(group: Any, name: str, num_rows: int) -> list[str]:
-    """A column of strings, [] if there is none with one string per row."""
-    column = get(group, name) if name else None
-    if not isinstance(column, h5py.Dataset) or column.shape != (num_rows,):
-        return []
-    return [as_text(value) for value in column[()]] if h5py.check_string_dtype(column.dtype) is not None else []
+# ---------------------------------------------------------------- observed time
 
 
-def _group_regions(survey: Survey, group: Any, num_units: int) -> list[str]:
-    """Region of each unit by its electrode group's location."""
-    column = get(group, "electrode_group")
-    if not isinstance(column, h5py.Dataset) or column.shape != (num_units,):
-        return []
-    regions = []
-    for reference in column[()]:
-        location = get(survey.file[reference], "location") if reference else None
-        regions.append(as_text(location[()]) if location is not None else "")
-    return regions if any(regions) else []
-
-
-def _electrode_rows(group: Any, num_units: int) -> list[npt.NDArray[np.int64]]:
-    """Rows of the electrode table of each unit; [] where the units do not say, or say nonsense."""
-    rows, index = get(group, "electrodes"), get(group, "electrodes_index")
-    if rows is None or rows.ndim != 1:
-        return []
-    if index is None:
-        return [row.astype(np.int64) for row in rows[()].reshape(-1, 1)] if len(rows) == num_units else []
-    stops = index[()].astype(np.int64)
-    if len(stops) != num_units or (np.diff(stops, prepend=0) < 0).any() or (num_units and stops[-1] > len(rows)):
-        return []
-    return np.split(rows[()].astype(np.int64), stops[:-1])
-
-
-def _electrodes(survey: Survey, group: Any) -> Any:
-    """The electrode table that the units refer to, or None."""
-    column = get(group, "electrodes")
-    reference = column.attrs.get("table") if column is not None else None
-    table = survey.file[reference] if reference else None
-    if table is not None:
-        path = survey.path_of(table)
-        survey.use(path, "units", "read as unit metadata")
-        for name in ("id", "x", "y", "z", "location"):
-            if f"{path}/{name}" in survey.nodes:
-                survey.use(f"{path}/{name}", "units")
-    return table
-
-
-def _electrode_regions(table: Any, rows: list[npt.NDArray[np.int64]]) -> list[str]:
-    if table is None or not rows or get(table, "location") is None:
-        return []
-    location = [as_text(value) for value in table["location"][()]]
-    return [location[row[0]] if len(row) and 0 <= row[0] < len(location) else "" for row in rows]
-
-
-def _positions(table: Any, rows: list[npt.NDArray[np.int64]], num_units: int) -> npt.NDArray[np.float32]:
-    """Mean position of each unit's electrodes (U, 3), in um as the file gives it; NaN = unknown."""
-    xyz = np.full((num_units, 3), np.nan, np.float32)
-    if table is None or not rows or not all(get(table, axis) is not None for axis in "xyz"):
-        return xyz
-    electrodes = np.stack([table[axis][()].astype(np.float64) for axis in "xyz"], axis=1)
+def _observed(survey: Survey, node: Node, rows: Index, times: SpikeTimes) -> Observed | None:
+    """When each of the rows was observed, by obs_intervals; None where it says nothing. A broken one is refused."""
+    group, path = survey.file[node.path], f"{node.path}/obs_intervals"
+    if not is_dataset(get(group, "obs_intervals")):
+        return None
+    try:
+        given, stops = _stretches(group, len(times.stops))
+    except UNREADABLE as error:
+        told = str(error) if isinstance(error, PrepError) else "it cannot be read"
+        survey.refuse(path, f"{told} Until then every unit counts as observed throughout.")
+        return None
+    if times.divisor != 1 and np.nanmax(given, initial=0) > 100 * max(times.high_s, 0):
+        given = given / times.divisor
+    starts = np.concatenate([[0], stops[:-1]])
+    lists: dict[bytes, int] = {}
+    cleaned: list[Index] = []
+    list_of = np.full(len(rows), -1, np.int32)
     for unit, row in enumerate(rows):
-        inside = row[(row >= 0) & (row < len(electrodes))]
-        if len(inside):
-            xyz[unit] = electrodes[inside].mean(axis=0)
-    return xyz
+        own = given[starts[row] : stops[row]]
+        if len(own):
+            key = own.tobytes()
+            if key not in lists:
+                lists[key] = len(cleaned)
+                cleaned.append(_forward(own, times))
+            list_of[unit] = lists[key]
+    _note_backward(survey, path, given)
+    return observed_stretches(cleaned, list_of) if cleaned else None
+
+
+def _stretches(group: Any, num_rows: int) -> tuple[npt.NDArray[np.float64], Index]:
+    """Stretches (M, 2) in seconds, and the end of each row's (R,). Raises BrokenObject."""
+    data, index = group["obs_intervals"], get(group, "obs_intervals_index")
+    if data.ndim != 2 or data.shape[1] != 2 or data.dtype.kind not in "fiu":
+        raise BrokenObject(f"obs_intervals is {data.dtype} {data.shape}, not start and stop. Write it again.")
+    stops = np.arange(1, len(data) + 1) if index is None else ragged_stops(index, len(data), "stretch")
+    if len(stops) != num_rows:
+        raise BrokenObject(f"obs_intervals has {len(stops)} rows for {num_rows} units. Write it again.")
+    return data[()].astype(np.float64), stops
+
+
+def _forward(own: npt.NDArray[np.float64], times: SpikeTimes) -> Index:
+    """Stretches (m, 2) in ns, without those that end before they start or have no number."""
+    mapped, finite = own.copy(), np.isfinite(own)
+    if times.to_session is not None:
+        mapped[finite] = times.to_session.to_session(own[finite])
+    limit_s = 9e9  # int64 nanoseconds hold 292 years; an open end is written as infinity
+    bounded = np.clip(mapped, -limit_s, limit_s)
+    return to_ns(bounded[bounded[:, 1] >= bounded[:, 0]])
+
+
+def _note_share(survey: Survey, node: Node, observed: Observed | None, extent: Extent) -> None:
+    """For how much of the time from the first to the last spike the units were observed."""
+    length_ns = int(to_ns(extent.last_s)) - int(to_ns(extent.first_s))
+    if observed is None or length_ns <= 0:
+        return
+    share = observed.share(int(to_ns(extent.first_s)), int(to_ns(extent.last_s)))
+    if share < 1:
+        message = f"units were observed for {100 * share:.4g} % of the time on average; the rest is missing, not silent"
+        survey.note("obs-intervals", f"{node.path}/obs_intervals", message, observed_share=share)
+
+
+def _note_backward(survey: Survey, path: str, given: npt.NDArray[np.float64]) -> None:
+    num_backward = int((~(given[:, 1] >= given[:, 0])).sum())
+    if num_backward:
+        message = f"{num_backward} of {len(given)} stretches end before they start, or have no number; they are dropped"
+        survey.note("obs-intervals-backward", path, message, "repaired", count=num_backward)

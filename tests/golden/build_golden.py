@@ -1,4 +1,4 @@
-"""Writes the golden store: a version-1 store that every later reader must read to the same values.
+"""Writes the golden store: a small store that every later reader must read to the same values.
 
 In: nothing. Out: tests/golden/store. Run `python tests/golden/build_golden.py` only to add a store of a new version.
 """

@@ -42,7 +42,7 @@ class BrainloomConfig(PretrainedConfig):
         num_attention_heads: int = 4,
         intermediate_size: int = 344,
         unit_embed_size: int = 64,
-        num_unit_features: int = 8,
+        num_unit_features: int = 28,
         samples_per_token: int = 16,
         image_size: tuple[int, int] = (24, 24),
         patch_size: int = 6,

@@ -1,0 +1,155 @@
+"""Opens a recording, HDF5 or NWB-Zarr, and asks it what h5py answers: groups, datasets, links, references, texts.
+
+In: the path of an .nwb file or an .nwb.zarr folder. Out: objects with h5py's interface: item[path], attrs, shape,
+dtype, slices. Readers use the functions here and never h5py's own checks, so that both kinds of file are read alike.
+"""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import h5py
+import numpy as np
+import numpy.typing as npt
+
+from prep.nwb.zarr_file import ZarrDataset, ZarrGroup, open_zarr
+from prep.plan import BrokenObject, PrepError
+
+CHUNK_CACHE_BYTES = 64 * 2**20  # chunks of 10 MiB do not fit HDF5's own 8 MiB
+
+
+def open_file(path: Path) -> Any:
+    """Open a recording for reading; a context manager that gives its root group. Raises OSError if it is damaged."""
+    if path.is_dir():
+        return open_zarr(path)
+    return h5py.File(path, "r", rdcc_nbytes=CHUNK_CACHE_BYTES)
+
+
+def is_group(item: Any) -> bool:
+    """Whether an object holds others."""
+    return isinstance(item, h5py.Group | ZarrGroup)
+
+
+def is_dataset(item: Any) -> bool:
+    """Whether an object is an array."""
+    return isinstance(item, h5py.Dataset | ZarrDataset)
+
+
+def is_text(data: Any) -> bool:
+    """Whether a dataset holds strings."""
+    return h5py.check_string_dtype(data.dtype) is not None
+
+
+def enum_words(data: Any) -> dict[int, str]:
+    """Words of an enumeration by number; {} for other datasets."""
+    return {number: word for word, number in (h5py.check_enum_dtype(data.dtype) or {}).items()}
+
+
+def links(group: Any) -> Iterator[tuple[str, Any, str]]:
+    """(name, object, "") of each member, in order of name; (name, None, why) where a link leads nowhere.
+
+    Soft links are left out: what they point to has a path of its own. External links are followed.
+    """
+    for name in group:
+        is_soft, target = _link(group, name)
+        if is_soft:
+            continue
+        try:
+            yield name, group[name], ""
+        except (KeyError, OSError):
+            yield name, None, f"link to {target}, which cannot be opened"
+
+
+def _link(group: Any, name: str) -> tuple[bool, str]:
+    """Whether a member is a link inside the file, and what a link to another file leads to."""
+    if isinstance(group, ZarrGroup):
+        link = group.links.get(name)
+        target = f"{link.source}:{link.path}" if link else "an object"
+        return link is not None and not group.leads_out(name), target
+    link = group.get(name, getlink=True)
+    target = f"{link.filename}:{link.path}" if isinstance(link, h5py.ExternalLink) else "an object"
+    return isinstance(link, h5py.SoftLink), target
+
+
+def address(item: Any) -> Any:
+    """The same for two paths to one object, and for no two objects."""
+    if isinstance(item, ZarrGroup | ZarrDataset):
+        return item.address
+    info = h5py.h5o.get_info(item.id)
+    return int(info.fileno), info.addr
+
+
+def follow(file: Any, reference: Any) -> Any:
+    """The object that a reference (an element of a dataset, or an attribute) points to; None if it leads nowhere."""
+    try:
+        return file[reference] if reference else None
+    except (KeyError, ValueError, TypeError, OSError):
+        return None
+
+
+def neurodata_type(item: Any) -> str:
+    """The object's type, "" if it has none."""
+    return as_text(item.attrs.get("neurodata_type", item.attrs.get("data_type", "")))
+
+
+def as_text(value: Any) -> str:
+    """A string of the file, whatever HDF5 made of it."""
+    if hasattr(value, "shape") and value.shape != ():
+        return as_text(value.flat[0]) if value.size else ""
+    return value.decode("utf-8", "replace") if isinstance(value, bytes) else str(value)
+
+
+def text_at(file: Any, path: str) -> str:
+    """A text dataset of the file, "" if it is not there or cannot be read."""
+    item = get(file, path)
+    try:
+        return as_text(item[()]).strip() if is_dataset(item) else ""
+    except PrepError:
+        return ""
+
+
+def texts(group: Any, name: str, num_rows: int) -> list[str]:
+    """A column of strings, [] if there is none with one string per row."""
+    column: Any = get(group, name) if name else None
+    if not is_dataset(column) or column.shape != (num_rows,) or not is_text(column):
+        return []
+    return [as_text(value) for value in column[()]]
+
+
+def numbers(group: Any, name: str, num_rows: int) -> npt.NDArray[np.float64] | None:
+    """A column of numbers (num_rows,) as float64, None if there is none with one number per row."""
+    column = get(group, name)
+    if not is_dataset(column) or column.shape != (num_rows,) or column.dtype.kind not in "fiub":
+        return None
+    values: npt.NDArray[np.float64] = column[()].astype(np.float64)
+    return values
+
+
+def get(group: Any, path: str) -> Any:
+    """An object by path, None if it or a link on the way is missing."""
+    try:
+        return group[path]
+    except (KeyError, OSError, ValueError):
+        return None
+
+
+def dataset(group: Any, path: str) -> Any:
+    """A dataset by path; PrepError names it when it is missing."""
+    item = get(group, path)
+    if not is_dataset(item):
+        raise PrepError(f"it has no readable `{path}`")
+    return item
+
+
+def ragged_stops(index: Any, num_values: int, what: str, remedy: str = "Write the file again.") -> Any:
+    """End of each row's values (N,) of a ragged column, from its VectorIndex; BrokenObject where it does not fit."""
+    stops: npt.NDArray[np.int64] = index[()].astype(np.int64)
+    name = str(index.name).rsplit("/", 1)[-1]
+    if len(stops) and (np.diff(stops, prepend=0) < 0).any():
+        raise BrokenObject(f"{name} goes backwards. Was an index overwritten? {remedy}")
+    if len(stops) and stops[-1] > num_values:
+        raise BrokenObject(
+            f"{name} points to {what} {stops[-1]:,}, but there are only {num_values:,}. "
+            "The file is truncated or a stub; get the whole recording."
+        )
+    return stops
