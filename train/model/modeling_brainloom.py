@@ -174,7 +174,8 @@ class BrainloomIdentity(nn.Module):
     def __init__(self, config: BrainloomConfig) -> None:
         super().__init__()
         self.feature_proj = nn.Linear(config.num_unit_features, config.unit_embed_size)
-        self.feature_out = nn.Linear(config.unit_embed_size, config.unit_embed_size, bias=False)
+        # Silent at the start: much that is measured is the same for all units of a recording and would drown the rest.
+        self.feature_out = BrainloomZeroLinear(config.unit_embed_size, config.unit_embed_size, bias=False)
         self.out_proj = nn.Linear(config.unit_embed_size, config.hidden_size, bias=False)
         self.modality_embed = nn.Parameter(torch.zeros(len(MODALITIES), config.hidden_size))
 
