@@ -13,7 +13,7 @@ HOSTFILE ?= hostfiles/cluster
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-all check lint prep inspect verify report hostfile train eval export push
+.PHONY: help install demo test test-all bench check lint prep inspect verify report hostfile train eval export push campaign
 
 help:  ## print this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -34,8 +34,14 @@ demo: .venv/installed  ## fresh clone -> the whole road on a laptop; ends in run
 test: .venv/installed  ## fresh clone -> the test suite (without the slow tests)
 	$(PY) -m pytest -m 'not slow' $(ARGS)
 
+campaign: .venv/installed  ## WHICH=prep [N=50]: killed and starved at random moments, the same bytes after a rerun
+	PYTHONPATH=tests $(PY) -m campaign $(or $(WHICH),prep) $(or $(N),50) $(ARGS)
+
 test-all: .venv/installed  ## every test, the slow ones too
 	$(PY) -m pytest $(ARGS)
+
+bench: .venv/installed  ## prep against the limit and its peers -> tests/bench/RESULTS.md (half an hour, 10 GB of temporary files)
+	$(PY) -W ignore tests/bench/run.py $(ARGS)
 
 lint: .venv/installed  ## ruff and mypy
 	$(BIN)/ruff check .
@@ -44,9 +50,9 @@ lint: .venv/installed  ## ruff and mypy
 
 check: lint test  ## lint, types, architecture, tests; warnings are errors
 
-prep: .venv/installed  ## SRC="dir|file …" OUT=store [RECIPE=…] [DATASET=…] [SCHEDULER=tcp://…]: NWB recordings -> token store
+prep: .venv/installed  ## SRC="dir|file …" OUT=store [RECIPE=…] [DATASET=…] [SCHEDULER=tcp://… | CLUSTER=prep/clusters/x.yaml]: NWB recordings -> token store
 	@test -n "$(SRC)" || { echo 'make prep needs SRC="dir|file …" (NWB recordings), for instance: make prep SRC=recordings OUT=store'; exit 2; }
-	$(PY) -m prep ingest $(SRC) --out $(or $(OUT),$(STORE)) $(if $(RECIPE),--recipe $(RECIPE)) $(if $(DATASET),--dataset $(DATASET)) $(if $(SCHEDULER),--scheduler $(SCHEDULER)) $(ARGS)
+	$(PY) -m prep ingest $(SRC) --out $(or $(OUT),$(STORE)) $(if $(RECIPE),--recipe $(RECIPE)) $(if $(DATASET),--dataset $(DATASET)) $(if $(SCHEDULER),--scheduler $(SCHEDULER)) $(if $(CLUSTER),--cluster $(CLUSTER)) $(ARGS)
 
 inspect: .venv/installed  ## FILE=x.nwb: what is in a file, and what would become of each object
 	$(PY) -m prep inspect $(FILE) $(ARGS)

@@ -4,6 +4,7 @@ from setuptools import setup
 
 PREP = [
     "numpy",
+    "fsspec[http]",
     "h5py",
     "pynwb",
     "zarr>=3",
@@ -17,8 +18,10 @@ PREP = [
     "pillow",
     "jinja2",
     "matplotlib",
+    "botocore",
 ]
 TRAIN = [
+    "fsspec[http]",
     "numpy",
     "torch",
     "deepspeed",
@@ -33,7 +36,20 @@ TRAIN = [
     "google-crc32c",
     "numcodecs",
 ]
-DEV = ["pytest", "pytest-timeout", "ruff", "mypy", "types-PyYAML"]
+CLUSTER = ["dask-jobqueue", "bokeh"]  # make prep CLUSTER=…, and charts on the dashboard
+DEV = [
+    "pytest",
+    "pytest-timeout",
+    "ruff",
+    "mypy",
+    "types-PyYAML",
+    "moto",
+    "flask",
+    "flask-cors",
+    "dask-jobqueue",
+    "tensorstore",
+    "zarrs",
+]
 
 setup(
     name="brainloom",
@@ -42,8 +58,11 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11",
     packages=["prep", "prep.nwb", "train", "train.model"],
-    package_data={"prep": ["FORMAT.md", "report.html", "recipes/*.yaml"], "train": ["configs/*.yaml"]},
+    package_data={
+        "prep": ["FORMAT.md", "report.html", "recipes/*.yaml", "clusters/*.yaml"],
+        "train": ["configs/*.yaml"],
+    },
     install_requires=sorted(set(PREP + TRAIN)),
-    extras_require={"prep": PREP, "train": TRAIN, "dev": DEV},
+    extras_require={"prep": PREP, "train": TRAIN, "cluster": CLUSTER, "dev": DEV},
     classifiers=["Private :: Do Not Upload"],
 )

@@ -19,6 +19,7 @@ LONGEST_SESSION_S = 30 * 86_400.0  # no clock of a session runs longer
 RATE_TOLERANCE = 0.01  # a stated rate is nominal: 30 Hz of a camera that runs at 29.97 Hz is no finding
 FEW_SAMPLES = 10  # data and time stamps may differ by as many, and by no more than 1 %
 MS_RATIO = (500.0, 2_000.0)  # a span in ms is this many times as long as the others, in s
+SHORTEST_S = 30.0  # less than this is no recording that tells how long the others should be
 MS_STEP = 0.5  # a step in ms is at least this, up to 2 kHz; in s, that would be 2 Hz or slower
 OUTSIDE_S = 60.0  # recordings start before the task and end after it
 OUTSIDE_SHARE = 0.01
@@ -53,6 +54,7 @@ RULES: dict[str, Rule] = {
         "data and time stamps differ in length", "repair", "by a few: both are cut to the shorter; else refused"
     ),
     "rate-mismatch": _rule("the stated rate is not that of the time stamps", "note", "the time stamps are taken"),
+    "coarse-time": _rule("the type of the time stamps rounds them", "note", "they are taken; write them as float64"),
     "gaps": _rule("steps are much longer than the period", "note", "tokens end at them; nothing is filled in"),
     "jitter": _rule("steps scatter about one period", "note", "every time stamp is kept as its own token"),
     "irregular": _rule("there is no one period", "note", "every time stamp is kept as its own token"),
@@ -94,6 +96,8 @@ RULES: dict[str, Rule] = {
     "obs-intervals-backward": _rule("times of observation end before they begin", "repair", "they are dropped"),
     "obs-intervals": _rule("units were observed for a part of the time", "note", "outside it they are missing"),
     "scan-offset": _rule("offsets of ROIs within a frame are not numbers", "note", "all are taken as 0"),
+    "maybe-signal": _rule("a smooth signal on an irregular clock", "note", "they are read as events"),
+    "same-data": _rule("two streams hold the same numbers", "note", "both are read; see the message"),
     "maybe-angle": _rule("the unit is an angle's, the values are not", "note", "it is taken as a number"),
     # ---- the file and the recipe
     "broken-object": _rule("an object contradicts itself or cannot be read", "refuse", "it is left out"),
@@ -137,8 +141,8 @@ def in_milliseconds(
 ) -> str:
     """Why finite, increasing times (T,) are evidently milliseconds; "" where they are not.
 
-    By their own unit, by the stated rate, or by spans of others (s): the times take 1000 times as long, and divided
-    by 1000 they lie among them.
+    By their own unit, by the stated rate, or by spans of others (s): the times take 1000 times as long as the longest
+    of them, and divided by 1000 they lie among them.
     """
     if says_ms:
         return "their unit says so"
@@ -149,10 +153,10 @@ def in_milliseconds(
         return f"the median step is {step:.4g}, 1000 times that of {stated_hz:.4g} Hz"
     if not others or step < MS_STEP:
         return ""
-    usual = float(np.median([last - first for first, last in others]))
+    usual = max(last - first for first, last in others)
     first, last = min(span[0] for span in others), max(span[1] for span in others)
     is_among = time_s[0] / 1000 <= last and time_s[-1] / 1000 >= first
-    if usual > 0 and MS_RATIO[0] < length / usual < MS_RATIO[1] and is_among:
+    if usual >= SHORTEST_S and MS_RATIO[0] < length / usual < MS_RATIO[1] and is_among:
         return f"they take {length:.4g}, what is around them {usual:.4g} s"
     return ""
 

@@ -10,12 +10,13 @@ import numpy as np
 import numpy.typing as npt
 
 from prep.audit import LONGEST_SESSION_S, finding
-from prep.plan import Finding, PrepError
-from prep.settings import TOKEN_NS, to_ns
+from prep.plan import BrokenObject, Finding, PrepError
+from prep.settings import FARTHEST_S, TOKEN_NS, to_ns
 
 Seconds = npt.NDArray[np.float64]
 Index = npt.NDArray[np.int64]
 
+SHORTEST_PERIOD_S = 1e-6  # of a recording; a token of shorter ones would be larger than a worker's memory
 GAP_PERIODS = 1.5  # a longer step than this is a gap
 JITTER_PERIODS = 0.01  # a regular clock is within this of its line, inside every token
 JITTER_SHARE = 0.25  # steps that scatter more than this about their median have no one period
@@ -184,6 +185,10 @@ def regularity(time_s: Seconds, rate_hz: float | None = None) -> Clock:
     gaps = steps > GAP_PERIODS * np.median(steps)
     # The mean step of the regular runs is their end-to-end period: rounding of single time stamps cancels in it.
     period_s = 1 / rate_hz if rate_hz else float(steps[~gaps].mean())
+    if not SHORTEST_PERIOD_S <= period_s <= LONGEST_SESSION_S:
+        raise BrokenObject(f"its samples are {period_s:.3g} s apart; expected {SHORTEST_PERIOD_S:g} s to 30 days.")
+    if max(abs(time_s[0]), abs(time_s[-1])) > FARTHEST_S:
+        raise BrokenObject(f"its times are {time_s[0]:.3g} to {time_s[-1]:.3g} s; nanoseconds hold {FARTHEST_S:.3g} s.")
     num_samples = max(1, round(TOKEN_NS / (period_s * 1e9)))
     bounds, deviation_s = _cut(time_s, gaps, period_s, num_samples)
     if deviation_s > JITTER_PERIODS * period_s + 2 * np.spacing(np.abs(time_s).max()):

@@ -46,10 +46,14 @@ def appears_whole(path: Path) -> Iterator[Path]:
         raise
 
 
-def write_bytes(path: Path, *parts: bytes | memoryview) -> None:
-    """Write a file atomically."""
+def write_bytes(path: Path, *parts: bytes | memoryview) -> dict[str, Any]:
+    """Write a file atomically. Returns what a manifest says of it, {bytes, sha256}, made while the bytes are warm."""
+    digest, size = hashlib.sha256(), 0
     with appears_whole(path) as temporary, open(temporary, "wb") as file:
-        file.writelines(parts)
+        for part in parts:
+            digest.update(part)
+            size += file.write(part)
+    return {"bytes": size, "sha256": digest.hexdigest()}
 
 
 def json_bytes(content: Any) -> bytes:
@@ -65,18 +69,24 @@ def write_json(path: Path, content: Any) -> None:
 def read_json(path: Path) -> Any:
     """Read a JSON file of the store; a version that this code does not know is refused."""
     try:
-        content = json.loads(path.read_bytes())
+        return parse_json(path.read_bytes(), str(path))
     except FileNotFoundError as error:
         raise StoreError(
             f"{path} is missing. Is this a token store? Run `make prep SRC=… OUT={path.parent}` to make one."
         ) from error
+
+
+def parse_json(text: bytes, where: str) -> Any:
+    """The content of a JSON file of the store that is read already; `where` names it in messages."""
+    try:
+        content = json.loads(text)
     except ValueError as error:
         raise StoreError(
-            f"{path} is not valid JSON ({error}). Run `make verify STORE=…`, then `make prep` again."
+            f"{where} is not valid JSON ({error}). Run `make verify STORE=…`, then `make prep` again."
         ) from error
     if isinstance(content, dict) and content.get("format", FORMAT_VERSION) != FORMAT_VERSION:
         raise ShardFormatError(
-            f"{path} is format version {content['format']}; this code reads [{FORMAT_VERSION}]. "
+            f"{where} is format version {content['format']}; this code reads [{FORMAT_VERSION}]. "
             'Update the code, or run `make prep` again (FORMAT.md, "Versions").'
         )
     return content

@@ -4,46 +4,54 @@ In: NWB files or folders, a recipe, a store. Out: sealed sessions, catalog.json,
 """
 
 import argparse
-import contextlib
-import logging
 import math
 import signal
 import sys
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import dask
 from dask.system import CPU_COUNT
-from distributed import Client, Future, KilledWorker, LocalCluster, as_completed
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from distributed import Client, Future, KilledWorker, as_completed
 
 import prep.catalog
+import prep.cluster_config
 from prep.catalog import Source, sealed_sessions
+from prep.cluster import connect, job_script
 from prep.disk import StoreError, locked
-from prep.files import InputFile, find_files
+from prep.files import STAGE, InputFile, Staging, find_files
 from prep.ingest_report import Outcome, print_table, write_failures
 from prep.plan import PlannedStimulus, SessionPlan
+from prep.progress import State, shown
 from prep.runs import check_is_store, run_of_its_own, tidy
 from prep.store import manifest_path
-from prep.tasks import Failed, Planned, Planner, finish_task, guarded, one_line, plan_from_nwb, plan_task, shard_task
+from prep.tasks import (
+    Failed,
+    Planned,
+    Planner,
+    finish_task,
+    guarded,
+    one_line,
+    plan_from_nwb,
+    plan_task,
+    shard_task,
+)
 from prep.write_session import (
     Target,
     finish_stimulus,
     num_stimulus_shards,
     renamed,
+    runs_of_shards,
     session_folder,
     stimulus_folder,
-    write_stimulus_shard,
+    write_stimulus_shards,
 )
 
 MAX_WORKERS = 8
-CONNECT_S = 20
 INTERRUPTED = 130  # what a shell expects of a program that SIGINT stopped
 LANES_S = 2.0  # how often the number of workers is asked for: clusters grow and shrink
 
@@ -81,7 +89,12 @@ class Flow:
     def run(self, show: Callable[[], None]) -> None:
         """Work until nothing is left, which tasks may add to when they are done."""
         while self._launch():
+            if not self._has_landed():
+                show()
+                continue
             future = next(self.landed)
+            if future.cancelled():
+                raise RuntimeError("the scheduler is lost")  # `connect` says it in words
             if future.status in ("lost", "pending"):  # its result died with its worker: it is being computed again
                 self.landed.add(future)
                 continue
@@ -92,6 +105,11 @@ class Flow:
             elif not task.is_dropped:
                 task.on_done(self._result(future, task.where))
             show()
+
+    def _has_landed(self) -> bool:
+        """Whether a task came back within a second; else there may be new workers, which wait for theirs."""
+        with self.landed.thread_condition:
+            return bool(self.landed.has_ready() or self.landed.thread_condition.wait(1.0))
 
     def _launch(self) -> bool:
         if time.monotonic() - self.asked > LANES_S:
@@ -132,6 +150,7 @@ class Job:
     pending: set[Task] = field(default_factory=set)
     stimuli: set[str] = field(default_factory=set)  # not sealed yet
     is_finishing: bool = False
+    num_shards: int = 0
 
     @property
     def is_over(self) -> bool:
@@ -145,6 +164,11 @@ class StimulusJob:
     stimulus: PlannedStimulus
     pending: set[Task] = field(default_factory=set)
     failed: Failed | None = None
+
+
+def _named(first: int, stop: int) -> str:
+    """Shards [first, stop) in words."""
+    return f"shard {first}" if stop == first + 1 else f"shards {first} to {stop - 1}"
 
 
 class Run:
@@ -178,7 +202,7 @@ class Run:
             self.jobs.append(job)
             names = {path.name for path in file.paths}
             mine = [s for s in self.sealed if any(source.file in names for source in s.sources)]
-            args = (planner, file.paths, recipe, self.recipe_digest, file.dataset_id, self.root, mine)
+            args = (planner, file, recipe, self.recipe_digest, self.root, mine)
             job.planning = self.submit(partial(self._planned, job), "", plan_task, *args)
 
     def _planned(self, job: Job, result: Planned | Failed) -> None:
@@ -234,18 +258,19 @@ class Run:
             return
         for number, stream in enumerate(plan.streams):
             where = f"streams/{stream.spec.name}" + (f" ({stream.spec.origin})" if stream.spec.origin else "")
-            for shard in range(stream.spec.num_shards):
-                self._submit_shard(job, f"{where}, shard {shard}", number, shard)
+            for first, stop in runs_of_shards(stream.reader, stream.spec.num_shards):
+                self._submit_shards(job, f"{where}, {_named(first, stop)}", number, first, stop)
         for stimulus in plan.stimuli:
             self._want_stimulus(job, stimulus)
+        job.num_shards = len(job.pending)
         self._advance(job)
 
-    def _submit_shard(self, job: Job, where: str, stream: int, shard: int) -> None:
+    def _submit_shards(self, job: Job, where: str, *place: int) -> None:
         def done(result: Failed | None) -> None:
             job.pending.discard(task)
             self._fail(job, result) if isinstance(result, Failed) else self._advance(job)
 
-        task = self.submit(done, where, shard_task, job.planning, job.target, stream, shard)
+        task = self.submit(done, where, shard_task, job.planning, job.target, *place)
         job.pending.add(task)
 
     def _advance(self, job: Job) -> None:
@@ -275,10 +300,10 @@ class Run:
         if shared is not None:
             return
         shared = self.stimuli[stimulus.digest] = StimulusJob(stimulus)
-        for shard in range(num_stimulus_shards(stimulus)):
-            self._submit_frames(shared, shard)
+        for first, stop in runs_of_shards(stimulus.reader, num_stimulus_shards(stimulus)):
+            self._submit_frames(shared, first, stop)
 
-    def _submit_frames(self, shared: StimulusJob, shard: int) -> None:
+    def _submit_frames(self, shared: StimulusJob, first: int, stop: int) -> None:
         def done(result: Failed | None) -> None:
             shared.pending.discard(task)
             if isinstance(result, Failed):
@@ -287,8 +312,8 @@ class Run:
                 args = (finish_stimulus, self.root, self.run, shared.stimulus)
                 self.submit(partial(self._stimulus_done, shared), where, *args)
 
-        where = f"stimuli/{shared.stimulus.digest}, shard {shard}"
-        task = self.submit(done, where, write_stimulus_shard, self.root, self.run, shared.stimulus, shard)
+        where = f"stimuli/{shared.stimulus.digest}, {_named(first, stop)}"
+        task = self.submit(done, where, write_stimulus_shards, self.root, self.run, shared.stimulus, first, stop)
         shared.pending.add(task)
 
     def _stimulus_done(self, shared: StimulusJob, result: Failed | None) -> None:
@@ -318,34 +343,6 @@ class Run:
 # ---------------------------------------------------------------- the command
 
 
-@contextlib.contextmanager
-def connect(scheduler: str | None, workers: int) -> Iterator[Client]:
-    """A client of `scheduler`, or of worker processes of our own that die with this process."""
-    quiet = {"distributed": "critical", "distributed.nanny": "critical", "distributed.worker": "critical"}
-    with dask.config.set({"logging": quiet, "distributed.admin.tick.limit": "60s"}):
-        if scheduler is not None:
-            try:
-                client = Client(scheduler, timeout=CONNECT_S)
-            except (OSError, ValueError) as error:
-                raise StoreError(
-                    f"no Dask scheduler answers at {scheduler} ({error}). Check --scheduler, or leave it out."
-                ) from error
-            with client:
-                yield client
-            return
-        with (
-            LocalCluster(
-                n_workers=workers,
-                threads_per_worker=1,
-                processes=True,
-                dashboard_address="127.0.0.1:0",  # None is port 8787, which another ingest may hold
-                silence_logs=logging.CRITICAL,
-            ) as cluster,
-            Client(cluster) as client,
-        ):
-            yield client
-
-
 def run_ingest(
     files: Sequence[InputFile],
     root: Path,
@@ -371,16 +368,12 @@ def run_ingest(
 
 
 def _drive(run: Run, files: Sequence[InputFile], planner: Planner, recipe: Any) -> list[Outcome]:
-    console = Console(stderr=True)
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
-        bar = progress.add_task("sessions", total=len(files))
+    def state() -> State:
+        in_hand = [job for job in run.jobs if job.num_shards and not job.is_over]
+        shards = [(job.file.label, job.num_shards - len(job.pending), job.num_shards) for job in in_hand]
+        return sum(job.is_over for job in run.jobs), shards
 
-        def show() -> None:
-            waiting = sum(len(job.pending) for job in run.jobs if not job.is_over)
-            done = sum(job.is_over for job in run.jobs)
-            progress.update(bar, completed=done, description=f"sessions ({waiting} shards in hand)")
-
+    with shown(len(files), state) as show:
         run.start(files, planner, recipe)
         run.flow.run(show)
     return [job.outcome for job in run.jobs]
@@ -388,28 +381,36 @@ def _drive(run: Run, files: Sequence[InputFile], planner: Planner, recipe: Any) 
 
 def configure(parser: argparse.ArgumentParser) -> None:
     """Options of `python -m prep ingest`."""
-    parser.add_argument("sources", nargs="+", type=Path, metavar="SRC", help="NWB files, or folders searched for them")
+    what = "NWB files, folders searched for them, https:// and s3:// URLs, @list.txt with one of these per line"
+    parser.add_argument("sources", nargs="+", metavar="SRC", help=what)
     parser.add_argument("--out", required=True, type=Path, metavar="STORE", help="the token store to add to")
     parser.add_argument("--recipe", type=Path, metavar="R.yaml", help="what to make of ambiguous files")
-    parser.add_argument("--scheduler", metavar="ADDR", help="a Dask scheduler, e.g. tcp://10.0.0.1:8786")
-    parser.add_argument(
-        "--workers", type=int, default=min(CPU_COUNT, MAX_WORKERS), help="worker processes (%(default)s)"
-    )
+    who = parser.add_mutually_exclusive_group()
+    who.add_argument("--scheduler", metavar="ADDR", help="a Dask scheduler, e.g. tcp://10.0.0.1:8786")
+    who.add_argument("--cluster", type=Path, metavar="C.yaml", help="SLURM, PBS, LSF …: see prep/clusters/*.yaml")
+    who.add_argument("--workers", type=int, default=min(CPU_COUNT, MAX_WORKERS), help="worker processes (%(default)s)")
     parser.add_argument("--dataset", metavar="NAME", help="dataset_id; else the recipe's, else the folder's name")
-    parser.add_argument("--dry-run", action="store_true", help="plan only, write nothing")
+    parser.add_argument("--stage", type=Path, metavar="DIR", help="where files behind URLs lie meanwhile (OUT/.stage)")
+    parser.add_argument("--keep-staged", action="store_true", help="keep them when their sessions are sealed")
+    parser.add_argument("--dry-run", action="store_true", help="write nothing: plan, print the cluster's job script")
 
 
 def main(args: argparse.Namespace) -> int:
     """Exit code: 0 all files are in the store whole, 1 some are not (named), 2 usage, 130 interrupted."""
     import prep.recipe
 
+    cluster = None if args.cluster is None else prep.cluster_config.load(args.cluster)
     if args.workers < 1:
         raise StoreError(f"--workers {args.workers}: at least one worker is needed.")
     recipe = prep.recipe.load(args.recipe)
-    files = find_files(args.sources, args.dataset or recipe.dataset_id, args.out, recipe.join)
+    staging = Staging(folder=(args.stage or args.out / STAGE).resolve(), is_kept=args.keep_staged)
+    files = find_files(args.sources, args.dataset or recipe.dataset_id, args.out, recipe.join, staging)
+    if cluster is not None and args.dry_run:
+        print(job_script(cluster))
+        cluster = None  # plans are made here: nothing is submitted
     before = signal.signal(signal.SIGTERM, signal.default_int_handler)  # a batch system's stop is as clean as Ctrl-C
     try:
-        with connect(args.scheduler, min(args.workers, MAX_WORKERS * len(files))) as client:
+        with connect(args.scheduler, min(args.workers, MAX_WORKERS * len(files)), cluster) as client:
             outcomes = run_ingest(files, args.out, recipe, client, planner=plan_from_nwb, is_dry=args.dry_run)
     except KeyboardInterrupt:
         print("Interrupted: what is sealed stays. Run the same command again to go on.", file=sys.stderr)

@@ -3,10 +3,10 @@
 In: nothing (types only). Out: SessionPlan, small and picklable: clocks and paths, never the recording's samples.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import numpy.typing as npt
@@ -29,6 +29,26 @@ class TokenReader(Protocol):
 
     def read(self, start: int, stop: int) -> Array:
         """Values of tokens [start, stop) as (stop - start, S, P) in the stream's dtype, fill where missing."""
+        ...
+
+
+@runtime_checkable
+class SequentialReader(Protocol):
+    """A TokenReader that reads the pieces of a run cheaper than one by one.
+
+    `is_divisible`: whether runs of pieces can be read apart; false where each would read the whole recording.
+    """
+
+    @property
+    def is_divisible(self) -> bool:
+        """Whether several tasks may share the stream."""
+        ...
+
+    def read_once(self, edges: Sequence[int], scratch: Path) -> Iterator[Array]:
+        """Values of tokens [edges[i], edges[i + 1]) in turn, as `read` gives them.
+
+        What was read and does not fit in memory waits in files in the folder `scratch`.
+        """
         ...
 
 

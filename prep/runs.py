@@ -12,6 +12,7 @@ from pathlib import Path
 
 from prep.catalog import read_manifest
 from prep.disk import ShardFormatError, StoreError, locked, read_json
+from prep.files import STAGE
 from prep.store import manifest_path
 from prep.write_session import PARTIAL
 
@@ -74,5 +75,6 @@ def check_is_store(root: Path) -> None:
     """Refuse to write into a folder that holds something else: ingest removes leftovers in its store."""
     if root.exists() and not root.is_dir():
         raise StoreError(f"{root} is a file; --out is the folder of a token store.")
-    if root.is_dir() and any(root.iterdir()) and not ((root / ".lock").exists() or (root / "catalog.json").exists()):
+    is_ours = (root / ".lock").exists() or (root / "catalog.json").exists()
+    if root.is_dir() and any(path.name != STAGE for path in root.iterdir()) and not is_ours:
         raise StoreError(f"{root} is neither empty nor a token store (it has no catalog.json). Give another --out.")

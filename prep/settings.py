@@ -90,6 +90,9 @@ STIMULUS_FIELDS = (
 )
 
 
+FARTHEST_S = 9e9  # from zero, in either direction: what int64 nanoseconds hold, 285 years
+
+
 def to_ns(seconds: npt.ArrayLike) -> npt.NDArray[np.int64]:
     """Seconds (float64, any shape, finite) to int64 nanoseconds.
 

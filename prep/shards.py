@@ -4,8 +4,10 @@ In: numpy arrays, or the folder of an array. Out: zarr.json, shards and their di
 """
 
 import math
-from collections.abc import Mapping, Sequence
+import os
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +16,13 @@ import numpy as np
 import numpy.typing as npt
 from numcodecs import Zstd
 
+from prep.cache import MEND, LocalFiles, Sealed
 from prep.disk import DigestError, StoreError, read_json, sha256, write_bytes, write_json
+from prep.mapped import MAPPINGS, Checked, Mapped
 
 Array = npt.NDArray[Any]
 MISSING_CHUNK = np.iinfo(np.uint64).max
-MEND = "Delete the .manifest.json beside its .zarr folder, then run `make prep` again."
+ZSTD = Zstd(level=1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,7 +41,7 @@ class RowsSpec:
         """Inner chunks of a full shard."""
         return self.shard_rows // self.chunk_rows
 
-    @property
+    @cached_property
     def chunk_bytes(self) -> int:
         """Bytes of one decoded inner chunk."""
         return int(np.dtype(self.dtype).itemsize * self.chunk_rows * math.prod(self.shape[1:]))
@@ -110,27 +114,35 @@ def create_rows(path: Path, spec: RowsSpec, attributes: Mapping[str, Any] | None
     write_json(path / "zarr.json", array_metadata(spec, attributes=attributes))
 
 
-def write_shard(path: Path, spec: RowsSpec, shard: int, rows: Array) -> None:
+def write_shard(path: Path, spec: RowsSpec, shard: int, rows: Array) -> dict[str, dict[str, Any]]:
     """Write one whole shard: `rows` (n, ...) are rows [shard * shard_rows, ... + n) of the array.
 
-    A shard of nothing but fill values is not written: missing data has no bytes.
+    A shard of nothing but fill values is not written: missing data has no bytes. Returns what the manifest says of the
+    files that were written, by their path inside the array's folder.
     """
     expected = min(spec.shard_rows, spec.shape[0] - shard * spec.shard_rows)
     if rows.shape != (expected, *spec.shape[1:]) or rows.dtype != np.dtype(spec.dtype):
         raise StoreError(
             f"{path}: shard {shard} got {rows.dtype}{rows.shape}, expected {spec.dtype}{(expected, *spec.shape[1:])}."
         )
-    target = path / "/".join(["c", str(shard), *["0"] * (len(spec.shape) - 1)])
-    if is_missing(rows, spec.fill).all():
-        return
+    if is_all_missing(rows, spec.fill):
+        return {}
     chunks = [_encode_chunk(spec, rows[i : i + spec.chunk_rows]) for i in range(0, expected, spec.chunk_rows)]
     sizes = np.array([len(chunk) for chunk in chunks], np.uint64)
     index = np.full((spec.chunks_per_shard, 2), MISSING_CHUNK, "<u8")
     index[: len(chunks), 1] = sizes
     index[: len(chunks), 0] = np.cumsum(sizes) - sizes
-    digests = np.array([google_crc32c.value(chunk) for chunk in chunks], "<u4").tobytes()
-    write_bytes(path / "digests" / str(shard), digests, _crc32c(digests))
-    write_bytes(target, *chunks, index.tobytes(), _crc32c(index.tobytes()))
+    digests = np.array([google_crc32c.value(_read_only(chunk)) for chunk in chunks], "<u4").tobytes()
+    key = "/".join(["c", str(shard), *["0"] * (len(spec.shape) - 1)])
+    return {
+        f"digests/{shard}": write_bytes(path / "digests" / str(shard), digests, _crc32c(digests)),
+        key: write_bytes(path / key, *chunks, index.tobytes(), _crc32c(index.tobytes())),
+    }
+
+
+def is_all_missing(rows: Array, fill: float | int) -> bool:
+    """Whether `rows` (n, ...) hold nothing but the fill value; the first row that holds more ends the search."""
+    return all(bool(is_missing(row, fill).all()) for row in rows)
 
 
 def is_missing(rows: Array, fill: float | int) -> npt.NDArray[np.bool_]:
@@ -139,12 +151,17 @@ def is_missing(rows: Array, fill: float | int) -> npt.NDArray[np.bool_]:
     return missing
 
 
-def _encode_chunk(spec: RowsSpec, rows: Array) -> bytes:
+def _encode_chunk(spec: RowsSpec, rows: Array) -> memoryview:
     if len(rows) < spec.chunk_rows:  # the array's last chunk is padded: Zarr's chunks have one shape
         padding = np.full((spec.chunk_rows - len(rows), *spec.shape[1:]), spec.fill, spec.dtype)
         rows = np.concatenate([rows, padding])
-    raw = np.ascontiguousarray(rows, np.dtype(spec.dtype).newbyteorder("<")).tobytes()
-    return bytes(Zstd(level=1).encode(raw)) if spec.codec == "zstd" else raw
+    raw = np.ascontiguousarray(rows, np.dtype(spec.dtype).newbyteorder("<"))
+    return memoryview(Zstd(level=1).encode(raw)) if spec.codec == "zstd" else raw.reshape(-1).view(np.uint8).data
+
+
+def _read_only(chunk: memoryview) -> Array:
+    """A chunk as crc32c takes it: it wants bytes or an array that cannot be written."""
+    return np.frombuffer(chunk.toreadonly(), np.uint8)
 
 
 def _crc32c(data: bytes) -> bytes:
@@ -155,77 +172,142 @@ def _crc32c(data: bytes) -> bytes:
 
 
 class Rows:
-    """Reads runs of rows of one sharded array; each inner chunk is checked against its digest on first touch."""
+    """Reads runs of rows of one sharded array; each inner chunk is checked against its digest on first touch.
 
-    def __init__(self, path: Path, spec: RowsSpec, sidecars: Mapping[int, str] | None = None) -> None:
-        """`sidecars`: sha256 of each shard's digests by the manifest; None while the array is still being written."""
-        self.path, self.spec, self._sidecars = path, spec, sidecars
-        self._shards: dict[int, tuple[Array, Array, Array] | None] = {}
-        self._checked: dict[int, npt.NDArray[np.bool_]] = {}
+    Rows of raw chunks are read-only and point into the file; they stay good when the reader has let go of it.
+    """
+
+    def __init__(
+        self,
+        place: Path | Sealed,
+        spec: RowsSpec,
+        sidecars: Mapping[int, str] | None = None,
+        checked: Checked | None = None,
+    ) -> None:
+        """`place`: the array's folder, alone or as its manifest lists it.
+
+        `sidecars`: of a folder alone, sha256 of each shard's digests; None while the array is still being written.
+        `checked`: what its owner has checked before.
+        """
+        self.spec = spec
+        self._sealed = place if isinstance(place, Sealed) else _seal_of(place, spec, sidecars)
+        self._name = self._sealed.where()
+        self._checked = Checked() if checked is None else checked
+        self._missing: set[int] = set()
 
     def read(self, start: int, stop: int) -> Array:
         """Rows [start, stop) as (stop - start, ...); what was never written comes back as the fill value."""
         if not 0 <= start <= stop <= self.spec.shape[0]:
-            raise StoreError(f"{self.path}: rows [{start}, {stop}) are outside [0, {self.spec.shape[0]}).")
+            raise StoreError(f"{self._name}: rows [{start}, {stop}) are outside [0, {self.spec.shape[0]}).")
         rows = self.spec.shard_rows
+        first = start // rows
+        if stop <= (first + 1) * rows:
+            return self._read_shard(first, start - first * rows, stop - first * rows)
         parts = [
             self._read_shard(shard, max(start - shard * rows, 0), min(stop - shard * rows, rows))
-            for shard in range(start // rows, math.ceil(stop / rows) if stop > start else start // rows + 1)
+            for shard in range(first, -(-stop // rows))
         ]
-        return parts[0] if len(parts) == 1 else np.concatenate(parts)
+        return np.concatenate(parts)
 
     def _read_shard(self, shard: int, start: int, stop: int) -> Array:
-        opened = self._open(shard)
-        if opened is None or stop <= start:
+        mapped = MAPPINGS.get((self._checked.number, self._name, shard)) or self._map(shard)
+        if mapped is None or stop <= start:
             return np.full((max(0, stop - start), *self.spec.shape[1:]), self.spec.fill, self.spec.dtype)
-        data, index, digests = opened
-        step = self.spec.chunk_rows
-        chunks = range(start // step, math.ceil(stop / step))
-        for chunk in chunks:
-            self._check(shard, chunk, data, index, digests)
-        if self.spec.codec == "raw":  # the chunks lie one after the other: one slice
-            raw = data[chunks.start * self.spec.chunk_bytes : chunks.stop * self.spec.chunk_bytes]
-        else:
-            slices = (data[index[c, 0] : index[c, 0] + index[c, 1]] for c in chunks)
-            raw = np.frombuffer(b"".join(Zstd().decode(np.ascontiguousarray(part)) for part in slices), np.uint8)
-        rows = raw.view(np.dtype(self.spec.dtype).newbyteorder("<")).reshape(-1, *self.spec.shape[1:])
-        return rows[start - chunks.start * step : stop - chunks.start * step]
+        first, last = start // self.spec.chunk_rows, -(-stop // self.spec.chunk_rows)
+        if mapped.checked.find(0, first, last) >= 0:
+            mapped = self._check(shard, mapped, first, last)
+        if mapped.rows is not None:
+            rows = mapped.rows[start:stop]
+            return rows if mapped.is_kept else rows.copy()
+        return self._decode(mapped, first, last)[start - first * self.spec.chunk_rows :][: stop - start]
 
-    def _open(self, shard: int) -> tuple[Array, Array, Array] | None:
-        if shard not in self._shards:
-            file = self.path / "/".join(["c", str(shard), *["0"] * (len(self.spec.shape) - 1)])
-            sidecar = self.path / "digests" / str(shard)
-            sealed = sidecar.exists() if self._sidecars is None else shard in self._sidecars
-            for path in (file, sidecar):
-                if path.exists() != sealed:
-                    state = "missing" if sealed else "not in the manifest"
-                    raise DigestError(f"{path} is {state}. {MEND}")
-            if sealed and self._sidecars is not None and sha256(sidecar) != self._sidecars[shard]:
-                raise DigestError(f"{sidecar} is damaged (sha256 differs from the manifest). {MEND}")
-            self._shards[shard] = self._map(file, sidecar) if file.exists() else None
-            self._checked[shard] = np.zeros(self.spec.chunks_per_shard, bool)
-        return self._shards[shard]
+    def _decode(self, mapped: Mapped, first: int, last: int) -> Array:
+        size = self.spec.chunk_bytes
+        decoded = np.empty((last - first) * size, np.uint8)
+        for number, place in enumerate(mapped.places[first:last]):
+            ZSTD.decode(mapped.data[place], out=decoded[number * size : (number + 1) * size])
+        return decoded.view(np.dtype(self.spec.dtype).newbyteorder("<")).reshape(-1, *self.spec.shape[1:])
 
-    def _map(self, file: Path, sidecar: Path) -> tuple[Array, Array, Array]:
-        num_chunks = self.spec.chunks_per_shard
-        data = np.memmap(file, np.uint8, "r") if file.stat().st_size else np.zeros(0, np.uint8)
-        tail = data[-(16 * num_chunks + 4) :].tobytes()
-        digests = sidecar.read_bytes()
-        for path, content in ((file, tail), (sidecar, digests)):
-            if len(content) < 4 or _crc32c(content[:-4]) != content[-4:]:
-                raise DigestError(f"{path} is damaged (its index does not match its digest). {MEND}")
-        index = np.frombuffer(tail[:-4], "<u8").reshape(num_chunks, 2).astype(np.int64)
-        return np.asarray(data), index, np.frombuffer(digests[:-4], "<u4")
-
-    def _check(self, shard: int, chunk: int, data: Array, index: Array, digests: Array) -> None:
-        if self._checked[shard][chunk]:
-            return
-        begin, size = index[chunk]
-        if google_crc32c.value(data[begin : begin + size].tobytes()) != digests[chunk]:
-            raise DigestError(
-                f"{self.path}/c/{shard}: chunk {chunk} is damaged (crc32c differs from its digest). {MEND}"
+    def _map(self, shard: int) -> Mapped | None:
+        """Map a shard; None where it is missing by its manifest."""
+        if shard in self._missing:
+            return None
+        key, sidecar = shard_key(self.spec, shard), f"digests/{shard}"
+        for name in (key, sidecar):
+            if self._sealed.is_stray(name):
+                raise DigestError(f"{self._sealed.where(name)} is not in the manifest. {MEND}")
+        if sidecar not in self._sealed:
+            self._missing.add(shard)
+            return None
+        digests = self._checked_tail(sidecar, self._sealed.read(sidecar))
+        with self._sealed.open(key) as file:
+            if not os.fstat(file.fileno()).st_size:
+                self._checked_tail(key, b"")
+            return MAPPINGS.add(
+                (self._checked.number, self._name, shard),
+                file,
+                lambda data: self._shard_of(shard, data, np.frombuffer(digests, "<u4")),
             )
-        self._checked[shard][chunk] = True
+
+    def _shard_of(self, shard: int, data: Array, digests: Array) -> Mapped:
+        """A shard from the bytes of its file."""
+        spec, num_chunks = self.spec, self.spec.chunks_per_shard
+        key = shard_key(spec, shard)
+        tail = self._checked_tail(key, data[-(16 * num_chunks + 4) :].tobytes())
+        index = np.frombuffer(tail, "<u8").reshape(num_chunks, 2)[: len(digests)].astype(np.int64)
+        rows = None
+        if spec.codec == "raw":  # the chunks lie one after the other: any run of rows is one slice
+            if (index != np.arange(len(index))[:, None] * [spec.chunk_bytes, 0] + [0, spec.chunk_bytes]).any():
+                raise DigestError(f"{self._sealed.where(key)} is damaged (its chunks are not in order). {MEND}")
+            raw = data[: len(index) * spec.chunk_bytes].view(np.dtype(spec.dtype).newbyteorder("<"))
+            rows = raw.reshape(-1, *spec.shape[1:])
+        places = [slice(begin, begin + size) for begin, size in index.tolist()]
+        checked = self._checked.chunks.setdefault((self._name, shard), bytearray(len(places)))
+        return Mapped(data, rows, places, digests.tolist(), checked)
+
+    def _checked_tail(self, name: str, content: bytes) -> bytes:
+        """What stands before the crc32c at the end of a sidecar, or of a shard's index."""
+        if len(content) < 4 or _crc32c(content[:-4]) != content[-4:]:
+            raise DigestError(f"{self._sealed.where(name)} is damaged (its index does not match its digest). {MEND}")
+        return content[:-4]
+
+    def _check(self, shard: int, mapped: Mapped, first: int, last: int) -> Mapped:
+        """Check chunks [first, last); a copy that is damaged is fetched again, once."""
+        damaged = _first_damaged(mapped, first, last)
+        key = shard_key(self.spec, shard)
+        if damaged is not None and self._sealed.forget(key):
+            MAPPINGS.drop(self._checked.number, self._name)
+            again = self._map(shard)
+            assert again is not None, "it was there before"
+            mapped, damaged = again, _first_damaged(again, first, last)
+        if damaged is not None:
+            raise DigestError(
+                f"{self._sealed.where(key)}: chunk {damaged} is damaged (crc32c differs from its digest). {MEND}"
+            )
+        return mapped
+
+
+def _first_damaged(mapped: Mapped, first: int, last: int) -> int | None:
+    for chunk in range(first, last):
+        if not mapped.checked[chunk]:
+            if google_crc32c.value(mapped.data[mapped.places[chunk]]) != mapped.digests[chunk]:
+                return chunk
+            mapped.checked[chunk] = 1
+    return None
+
+
+def _seal_of(path: Path, spec: RowsSpec, sidecars: Mapping[int, str] | None) -> Sealed:
+    """What a folder holds, where no manifest says so."""
+    files = LocalFiles(path)
+    if sidecars is None:
+        sidecars = {int(found.name): sha256(found) for found in path.glob("digests/*") if found.name.isdecimal()}
+    entries: dict[str, Any] = {f"digests/{shard}": {"sha256": digest} for shard, digest in sidecars.items()}
+    return Sealed(files, "", {**entries, **{shard_key(spec, shard): {} for shard in sidecars}})
+
+
+def shard_key(spec: RowsSpec, shard: int) -> str:
+    """The file of a shard inside its array's folder."""
+    return "/".join(["c", str(shard), *["0"] * (len(spec.shape) - 1)])
 
 
 def sidecar_digests(files: Mapping[str, Mapping[str, Any]], name: str) -> dict[int, str]:
@@ -235,8 +317,12 @@ def sidecar_digests(files: Mapping[str, Mapping[str, Any]], name: str) -> dict[i
 
 
 def rows_spec(path: Path) -> RowsSpec:
+    """The layout of a sharded array, from its folder."""
+    return rows_spec_of(read_json(path / "zarr.json"))
+
+
+def rows_spec_of(meta: Mapping[str, Any]) -> RowsSpec:
     """The layout of a sharded array, from its `zarr.json`."""
-    meta = read_json(path / "zarr.json")
     sharding = meta["codecs"][0]["configuration"]
     fill = meta["fill_value"]
     return RowsSpec(
@@ -251,17 +337,25 @@ def rows_spec(path: Path) -> RowsSpec:
 
 def read_array(path: Path) -> Array:
     """A small array, whole."""
-    meta = read_json(path / "zarr.json")
+    return small_array(read_json(path / "zarr.json"), lambda key: (path / key).read_bytes())
+
+
+def small_array(meta: Mapping[str, Any], read: Callable[[str], bytes]) -> Array:
+    """A small array from its `zarr.json` and what reads its one chunk."""
     shape, dtype = tuple(meta["shape"]), np.dtype(meta["data_type"]).newbyteorder("<")
     if not math.prod(shape):
         return np.zeros(shape, dtype)
-    raw = (path / "/".join(["c", *["0"] * len(shape)])).read_bytes()
-    return np.frombuffer(raw, dtype).reshape(shape)
+    return np.frombuffer(read("/".join(["c", *["0"] * len(shape)])), dtype).reshape(shape)
 
 
 def read_text(path: Path) -> list[str]:
     """A text column."""
-    return [row.tobytes().rstrip(b"\0").decode() for row in read_array(path)]
+    return as_text(read_array(path))
+
+
+def as_text(table: Array) -> list[str]:
+    """Strings from their bytes (n, width)."""
+    return [row.tobytes().rstrip(b"\0").decode() for row in table]
 
 
 def read_with_zarr(path: Path, start: int, stop: int) -> Array:

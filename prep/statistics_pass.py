@@ -1,11 +1,11 @@
 """What the train split says about each source of a stream: mean, scale and the features of units.
 
-In: a stream's tokens as written, block by block. Out: mean, scale (S,) and features (S, 7), float32.
+In: the tokens of one shard while they are in memory; then the parts of all shards. Out: mean, scale (S,) and features
+(S, 7), float32. A part depends on its shard alone and parts are merged in order: the same bytes whoever wrote which.
 Legend: K tokens, S sources, P samples per token. Definitions: FORMAT.md, "Statistics" and "Features".
 """
 
-import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,13 +18,16 @@ from prep.store import StreamSpec
 
 Float = npt.NDArray[np.float64]
 Bool = npt.NDArray[np.bool_]
+Part = dict[str, Float]  # of one shard: central moments by name, and the tokens at its borders
 
-BLOCK_VALUES = 2**20  # values held at once: 8 MiB of float64, and a handful of temporaries
+BLOCK_VALUES = 2**17  # values held at once: 1 MiB of float64, so that a handful of passes stay in the cache
 MEAN_FLOOR = 1e-4  # counts per bin
 COUNT_SCALE_FLOOR = 1e-2  # the standard deviation of a Poisson count at MEAN_FLOOR
 SCALE_FLOOR = 1e-6
 FEATURE_LIMIT = 10.0
 NEIGHBOUR = 1.5  # tokens further apart than this many durations are not neighbours
+MOMENTS = ("samples", "sums")  # n, mean, second and third central moment, (4, S) each
+PAIRS = ("sample_pairs", "token_pairs", "population")  # n, means, central second moments and product, (6, S) each
 
 
 @dataclass(frozen=True)
@@ -36,139 +39,25 @@ class Statistics:
     features: npt.NDArray[np.float32]  # (S, 7) settings.STREAM_FEATURES
 
 
-class Moments:
-    """Sums of one variable per source, about a shift near its values, so that large offsets do not cancel."""
+@dataclass(frozen=True)
+class TrainTokens:
+    """Which tokens of a stream count, and which follow the token before without a gap, (K,) each."""
 
-    def __init__(self, num_sources: int) -> None:
-        self.n, self.s1, self.s2, self.s3 = (np.zeros(num_sources) for _ in range(4))
-
-    def add(self, values: Float, seen: Bool) -> None:
-        """Add values (n, S), of which `seen` count."""
-        x = np.where(seen, values, 0.0)
-        self.n += seen.sum(0)
-        self.s1 += x.sum(0)
-        self.s2 += (x * x).sum(0)
-        self.s3 += (x * x * x).sum(0)
-
-    @property
-    def mean(self) -> Float:
-        return ratio(self.s1, self.n)
-
-    @property
-    def var(self) -> Float:
-        return np.maximum(ratio(self.s2, self.n) - self.mean**2, 0.0)
-
-    @property
-    def skewness(self) -> Float:
-        third = ratio(self.s3, self.n) - 3 * self.mean * ratio(self.s2, self.n) + 2 * self.mean**3
-        return ratio(third, self.var**1.5)
+    wanted: Bool
+    is_neighbour: Bool
 
 
-class Pairs:
-    """Sums of two variables per source that are seen together."""
-
-    def __init__(self, num_sources: int) -> None:
-        self.n, self.x, self.y, self.xx, self.yy, self.xy = (np.zeros(num_sources) for _ in range(6))
-
-    def add(self, x: Float, y: Float, seen: Bool) -> None:
-        """Add pairs (n, S), of which `seen` count."""
-        x, y = np.where(seen, x, 0.0), np.where(seen, y, 0.0)
-        self.n += seen.sum(0)
-        for total, part in zip((self.x, self.y, self.xx, self.yy, self.xy), (x, y, x * x, y * y, x * y), strict=True):
-            total += part.sum(0)
-
-    @property
-    def correlation(self) -> Float:
-        """Pearson's, 0 where either does not vary."""
-        mean_x, mean_y = ratio(self.x, self.n), ratio(self.y, self.n)
-        var_x = np.maximum(ratio(self.xx, self.n) - mean_x**2, 0.0)
-        var_y = np.maximum(ratio(self.yy, self.n) - mean_y**2, 0.0)
-        return ratio(ratio(self.xy, self.n) - mean_x * mean_y, np.sqrt(var_x * var_y))
-
-
-def ratio(top: Float, bottom: Float) -> Float:
-    """top / bottom, 0 where the bottom is (as good as) 0."""
-    result: Float = np.divide(top, bottom, out=np.zeros_like(top), where=np.abs(bottom) > 1e-30)
-    return result
-
-
-class Pass:
-    """One walk over a stream's train tokens, in order."""
-
-    def __init__(self, spec: StreamSpec) -> None:
-        size = spec.num_sources
-        self.spec = spec
-        self.shift: Float = np.full(size, np.nan)  # the first observed sample of each source
-        self.population_shift = np.nan
-        self.samples, self.sums = Moments(size), Moments(size)
-        self.sample_pairs, self.token_pairs, self.population = Pairs(size), Pairs(size), Pairs(size)
-        self.carry: tuple[Float, Bool] | None = None  # the last token's mean (S,), for its neighbour in the next block
-
-    def add(self, values: npt.NDArray[Any], is_neighbour: Bool) -> None:
-        """Add tokens (k, S, P); `is_neighbour` (k,): follows the token before without a gap."""
-        seen = ~is_missing(values, self.spec.rows().fill) & np.isfinite(values)  # (k, S, P)
-        x = np.where(seen, values, 0.0).astype(np.float64)
-        self._set_shift(x, seen)
-        x = np.where(seen, x - np.nan_to_num(self.shift)[:, None], 0.0)
-        per_sample = [(x[:, :, p], seen[:, :, p]) for p in range(values.shape[2])]
-        for value, mask in per_sample:
-            self.samples.add(value, mask)
-        for (a, seen_a), (b, seen_b) in itertools.pairwise(per_sample):
-            self.sample_pairs.add(a, b, seen_a & seen_b)
-        total = x.sum(2)
-        self.sums.add(total, seen.all(2))
-        self._add_tokens(ratio(total, seen.sum(2).astype(np.float64)), seen.any(2), is_neighbour)
-
-    def _set_shift(self, x: Float, seen: Bool) -> None:
-        unset = np.isnan(self.shift)
-        first = seen.transpose(0, 2, 1).reshape(-1, seen.shape[1])
-        values = x.transpose(0, 2, 1).reshape(-1, seen.shape[1])
-        found = first.any(0) & unset
-        self.shift[found] = values[first.argmax(0), np.arange(len(found))][found]
-
-    def _add_tokens(self, mean: Float, seen: Bool, is_neighbour: Bool) -> None:
-        """Token means (k, S), about the shift."""
-        level = np.where(seen, mean + np.nan_to_num(self.shift), 0.0)
-        population = ratio(level.sum(1), seen.sum(1).astype(np.float64))
-        if np.isnan(self.population_shift) and seen.any():
-            self.population_shift = population[seen.any(1).argmax()]
-        others = np.broadcast_to((population - np.nan_to_num(self.population_shift))[:, None], mean.shape)
-        self.population.add(mean, others, seen)
-        if self.carry is not None:
-            mean, seen = np.concatenate([self.carry[0][None], mean]), np.concatenate([self.carry[1][None], seen])
-        else:
-            is_neighbour = is_neighbour[1:]
-        self.token_pairs.add(mean[:-1], mean[1:], seen[:-1] & seen[1:] & is_neighbour[:, None])
-        self.carry = mean[-1], seen[-1]
-
-    def result(self) -> Statistics:
-        """Mean, scale and features of what was added."""
-        seen = self.samples.n > 0
-        mean, std = self.samples.mean + np.nan_to_num(self.shift), np.sqrt(self.samples.var)
-        features = np.where(seen[:, None], self._features(mean, std), 0.0)
-        features = np.clip(np.nan_to_num(features), -FEATURE_LIMIT, FEATURE_LIMIT)
-        is_counts = self.spec.kind == "counts"
-        scale = np.maximum(std, COUNT_SCALE_FLOOR if is_counts else SCALE_FLOOR)
-        mean = np.maximum(mean, MEAN_FLOOR) if is_counts else mean
-        varies = seen & (is_counts | (std > 0))  # a trace that is constant here may move elsewhere: never divide by ~0
-        mean, scale = np.where(seen, mean, 0.0), np.where(varies, scale, 1.0)
-        return Statistics(mean.astype(np.float32), scale.astype(np.float32), features.astype(np.float32))
-
-    def _features(self, mean: Float, std: Float) -> Float:
-        num_samples = self.spec.samples_per_token
-        is_counts = self.spec.kind == "counts"
-        token_sum = self.sums.mean + num_samples * np.nan_to_num(self.shift)
-        rate_hz = mean / (self.spec.sample_ns * 1e-9)
-        by_name = {
-            "log_rate": np.log(np.maximum(rate_hz, 0.0) + 0.01) if is_counts else np.zeros_like(mean),
-            "cv": ratio(std, np.abs(mean)),
-            "fano_token": ratio(self.sums.var, token_sum) if is_counts else np.zeros_like(mean),
-            "autocorr_sample": (self.sample_pairs if num_samples > 1 else self.token_pairs).correlation,
-            "autocorr_token": self.token_pairs.correlation,
-            "skewness": self.samples.skewness,
-            "population_coupling": self.population.correlation,
-        }
-        return np.stack([by_name[name] for name in STREAM_FEATURES], axis=1)
+def train_tokens(
+    spec: StreamSpec,
+    start_ns: npt.NDArray[np.int64],
+    offset_ns: npt.NDArray[np.int64] | None,
+    train: Sequence[tuple[int, int]],
+) -> TrainTokens:
+    """Tokens that lie wholly inside one of the blocks [start_ns, stop_ns) of `train`."""
+    block = in_blocks(start_ns, spec.duration_ns, offset_ns, train)
+    same_block = np.concatenate([[False], block[1:] == block[:-1]])[: len(block)]
+    gap = np.diff(start_ns, prepend=start_ns[:1])
+    return TrainTokens(block >= 0, same_block & (block >= 0) & (gap <= NEIGHBOUR * spec.duration_ns))
 
 
 def in_blocks(
@@ -185,27 +74,139 @@ def in_blocks(
     return block
 
 
-def stream_statistics(
-    spec: StreamSpec,
-    start_ns: npt.NDArray[np.int64],
-    offset_ns: npt.NDArray[np.int64] | None,
-    train: Sequence[tuple[int, int]],
-    read: Callable[[int, int], npt.NDArray[Any]],
-) -> Statistics:
-    """Statistics of a stream whose tokens [a, b) are `read(a, b)`, over the blocks `train`.
+def ratio(top: Float, bottom: Float) -> Float:
+    """top / bottom, 0 where the bottom is (as good as) 0."""
+    result: Float = np.divide(top, bottom, out=np.zeros_like(top), where=np.abs(bottom) > 1e-30)
+    return result
 
-    Memory is bounded by BLOCK_VALUES, and the blocks never depend on how the work was spread: same bytes every time.
-    """
-    work = Pass(spec)
+
+# ---------------------------------------------------------------- one shard
+
+
+def shard_part(spec: StreamSpec, tokens: TrainTokens, first: int, values: npt.NDArray[Any]) -> Part:
+    """The part of a shard whose tokens `values` (k, S, P) are the stream's tokens [first, first + k)."""
     if spec.kind in ("frames", "event"):  # indices of frames, and fields of different units, have no mean
-        return work.result()
-    block = in_blocks(start_ns, spec.duration_ns, offset_ns, train)
-    same_block = np.concatenate([[False], block[1:] == block[:-1]])
-    gap = np.diff(start_ns, prepend=start_ns[:1])
-    is_neighbour = same_block & (gap <= NEIGHBOUR * spec.duration_ns)
-    for first, stop in _runs(block >= 0, max(1, BLOCK_VALUES // max(1, spec.num_sources * spec.samples_per_token))):
-        work.add(read(first, stop), is_neighbour[first:stop])
-    return work.result()
+        return {}
+    sums = _Sums(spec)
+    limit = max(1, BLOCK_VALUES // max(1, spec.num_sources * spec.samples_per_token))
+    wanted = tokens.wanted[first : first + len(values)]
+    for start, stop in _runs(wanted, limit):
+        sums.add(values[start:stop], tokens.is_neighbour[first + start : first + stop])
+    inside = np.flatnonzero(wanted)
+    part = sums.part()
+    if len(inside):
+        part["edges"] = np.array([first + inside[0], first + inside[-1]], np.float64)
+    return part
+
+
+class _Sums:
+    """Sums over the tokens of one shard, about a shift near the values, so that large offsets do not cancel."""
+
+    def __init__(self, spec: StreamSpec) -> None:
+        self.spec, size = spec, spec.num_sources
+        self.shift: Float = np.full(size, np.nan)  # the first observed sample of each source
+        self.population_shift = np.nan
+        self.moments = {name: np.zeros((4, size)) for name in MOMENTS}  # n, sums of x, x^2, x^3
+        self.pairs = {name: np.zeros((6, size)) for name in PAIRS}  # n, sums of x, y, xx, yy, xy
+        self.first: tuple[Float, Bool] | None = None  # mean (S,) of the first token, and whether it was seen
+        self.last: tuple[Float, Bool] | None = None
+
+    def add(self, values: npt.NDArray[Any], is_neighbour: Bool) -> None:
+        """Add tokens (k, S, P); `is_neighbour` (k,): follows the token before without a gap."""
+        k, num_sources, num_samples = values.shape
+        x = values.reshape(k, -1).astype(np.float64)  # columns: source by source, sample by sample
+        seen = ~is_missing(values, self.spec.rows().fill).reshape(k, -1)
+        seen &= np.isfinite(x)
+        is_whole = bool(seen.all())
+        self._set_shift(x.reshape(values.shape), seen.reshape(values.shape))
+        x -= np.repeat(np.nan_to_num(self.shift), num_samples)
+        if not is_whole:
+            x[~seen] = 0.0
+        self._add_samples(x, seen, num_samples, is_whole)
+        total, num_seen = x[:, ::num_samples].copy(), seen[:, ::num_samples].astype(np.float64)
+        for place in range(1, num_samples):
+            total += x[:, place::num_samples]
+            num_seen += seen[:, place::num_samples]
+        whole = num_seen == num_samples
+        moments = self.moments["sums"]
+        kept = np.where(whole, total, 0.0)
+        moments += np.stack([whole.sum(0), kept.sum(0), (kept * kept).sum(0), np.zeros(num_sources)])
+        self._add_tokens(ratio(total, num_seen), num_seen > 0, is_neighbour)
+
+    def _set_shift(self, x: Float, seen: Bool) -> None:
+        unset = np.isnan(self.shift)
+        if not unset.any():
+            return
+        if seen[0, :, 0].all():  # the common case: the first sample of all is there
+            self.shift[unset] = x[0, unset, 0]
+            return
+        of_source = seen.transpose(1, 0, 2).reshape(seen.shape[1], -1)  # (S, k * P)
+        found = of_source.any(1) & unset
+        values = x.transpose(1, 0, 2).reshape(len(of_source), -1)
+        self.shift[found] = values[found, of_source[found].argmax(1)]
+
+    def _add_samples(self, x: Float, seen: Bool, num_samples: int, is_whole: bool) -> None:
+        by_source = (self.spec.num_sources, num_samples)
+        square = x * x
+        n = np.full(by_source, float(len(x))) if is_whole else seen.sum(0).reshape(by_source).astype(np.float64)
+        first, second = x.sum(0).reshape(by_source), square.sum(0).reshape(by_source)
+        third = (square * x).sum(0).reshape(by_source)
+        self.moments["samples"] += np.stack([n.sum(1), first.sum(1), second.sum(1), third.sum(1)])
+        if num_samples == 1:
+            return
+        product = _by_source((x[:, 1:] * x[:, :-1]).sum(0), by_source)
+        if is_whole:
+            counts = np.full(by_source[0], float(len(x) * (num_samples - 1)))
+            of_x = [table[:, :-1].sum(1) for table in (first, second)]
+            of_y = [table[:, 1:].sum(1) for table in (first, second)]
+        else:
+            both = seen[:, 1:] & seen[:, :-1]
+            counts = _by_source(both.sum(0).astype(np.float64), by_source)
+            of_x = [_by_source(np.where(both, table[:, :-1], 0.0).sum(0), by_source) for table in (x, square)]
+            of_y = [_by_source(np.where(both, table[:, 1:], 0.0).sum(0), by_source) for table in (x, square)]
+        self.pairs["sample_pairs"] += np.stack([counts, of_x[0], of_y[0], of_x[1], of_y[1], product])
+
+    def _add_tokens(self, mean: Float, seen: Bool, is_neighbour: Bool) -> None:
+        """Token means (k, S), about the shift, 0 where nothing was seen."""
+        level = np.where(seen, mean + np.nan_to_num(self.shift), 0.0)
+        population = ratio(level.sum(1), seen.sum(1).astype(np.float64))
+        if np.isnan(self.population_shift) and seen.any():
+            self.population_shift = float(population[seen.any(1).argmax()])
+        others = np.broadcast_to((population - np.nan_to_num(self.population_shift))[:, None], mean.shape)
+        self.pairs["population"] += _pair_sums(mean, others, seen)
+        if self.last is None:
+            self.first = mean[0], seen[0]
+            is_neighbour = is_neighbour[1:]
+        else:
+            mean, seen = np.concatenate([self.last[0][None], mean]), np.concatenate([self.last[1][None], seen])
+        both = seen[:-1] & seen[1:] & is_neighbour[:, None]
+        self.pairs["token_pairs"] += _pair_sums(mean[:-1], mean[1:], both)
+        self.last = mean[-1], seen[-1]
+
+    def part(self) -> Part:
+        """Central moments, which can be merged with those about another shift."""
+        shift = np.nan_to_num(self.shift)
+        shifts = {"samples": shift, "sums": self.spec.samples_per_token * shift}
+        part = {name: _central(sums, shifts[name]) for name, sums in self.moments.items()}
+        level = np.full_like(shift, np.nan_to_num(self.population_shift))
+        for name, sums in self.pairs.items():
+            part[name] = _central_pairs(sums, shift, level if name == "population" else shift)
+        for name, edge in (("first", self.first), ("last", self.last)):
+            if edge is not None:
+                part[name] = np.where(edge[1], edge[0] + shift, np.nan)
+        return part
+
+
+def _by_source(columns: Float, by_source: tuple[int, int]) -> Float:
+    """Sums (S,) of what follows inside a token, from products (S * P - 1,) of columns that stand side by side."""
+    table = np.append(columns, 0.0).reshape(by_source)
+    result: Float = table[:, :-1].sum(1)  # the last column of a source stands beside the next source
+    return result
+
+
+def _pair_sums(x: Float, y: Float, both: Bool) -> Float:
+    x, y = np.where(both, x, 0.0), np.where(both, y, 0.0)
+    return np.stack([both.sum(0), x.sum(0), y.sum(0), (x * x).sum(0), (y * y).sum(0), (x * y).sum(0)])
 
 
 def _runs(wanted: Bool, limit: int) -> Iterator[tuple[int, int]]:
@@ -214,3 +215,114 @@ def _runs(wanted: Bool, limit: int) -> Iterator[tuple[int, int]]:
     for first, stop in zip(edges[::2], edges[1::2], strict=True):
         for start in range(int(first), int(stop), limit):
             yield start, min(start + limit, int(stop))
+
+
+# ---------------------------------------------------------------- moments that merge (Chan, Golub & LeVeque 1983)
+
+
+def _central(sums: Float, shift: Float) -> Float:
+    n, s1, s2, s3 = sums
+    mean = ratio(s1, n)
+    return np.stack([n, mean + shift, s2 - n * mean**2, s3 - 3 * mean * s2 + 2 * n * mean**3])
+
+
+def _central_pairs(sums: Float, shift_x: Float, shift_y: Float) -> Float:
+    n, x, y, xx, yy, xy = sums
+    mean_x, mean_y = ratio(x, n), ratio(y, n)
+    squares = (xx - n * mean_x**2, yy - n * mean_y**2, xy - n * mean_x * mean_y)
+    return np.stack([n, mean_x + shift_x, mean_y + shift_y, *squares])
+
+
+def _merged(a: Float, b: Float) -> Float:
+    """Moments (4, S) of both."""
+    n = a[0] + b[0]
+    share = ratio(b[0], n)
+    step = np.where((a[0] > 0) & (b[0] > 0), b[1] - a[1], 0.0)
+    mean = np.where(a[0] > 0, a[1] + step * share, b[1])
+    second = a[2] + b[2] + step**2 * a[0] * share
+    third = (
+        a[3] + b[3] + step**3 * a[0] * share * ratio(a[0] - b[0], n) + 3 * step * ratio(a[0] * b[2] - b[0] * a[2], n)
+    )
+    return np.stack([n, mean, second, third])
+
+
+def _merged_pairs(a: Float, b: Float) -> Float:
+    """Moments of pairs (6, S) of both."""
+    n = a[0] + b[0]
+    share = ratio(b[0], n)
+    is_both = (a[0] > 0) & (b[0] > 0)
+    step_x, step_y = (np.where(is_both, b[row] - a[row], 0.0) for row in (1, 2))
+    means = [np.where(a[0] > 0, a[row] + step * share, b[row]) for row, step in ((1, step_x), (2, step_y))]
+    weight = a[0] * share
+    squares = (step_x**2, step_y**2, step_x * step_y)
+    return np.stack(
+        [n, *means, *(a[row] + b[row] + square * weight for row, square in zip((3, 4, 5), squares, strict=True))]
+    )
+
+
+# ---------------------------------------------------------------- all shards
+
+
+def statistics(spec: StreamSpec, tokens: TrainTokens, parts: Sequence[Mapping[str, Float]]) -> Statistics:
+    """Mean, scale and features of a stream from the parts of its shards, in order."""
+    size = spec.num_sources
+    total: Part = {name: np.zeros((4, size)) for name in MOMENTS} | {name: np.zeros((6, size)) for name in PAIRS}
+    before: Mapping[str, Float] | None = None
+    for part in parts:
+        for name in MOMENTS:
+            total[name] = _merged(total[name], part[name]) if part else total[name]
+        for name in PAIRS:
+            total[name] = _merged_pairs(total[name], part[name]) if part else total[name]
+        if "edges" not in part:
+            continue
+        first = int(part["edges"][0])
+        if before is not None and tokens.is_neighbour[first] and int(before["edges"][1]) == first - 1:
+            total["token_pairs"] = _merged_pairs(total["token_pairs"], _border(before["last"], part["first"]))
+        before = part
+    return _result(spec, total)
+
+
+def _border(last: Float, first: Float) -> Float:
+    """The pair of the last token of a shard and the first of the next, where both were seen."""
+    seen = np.isfinite(last) & np.isfinite(first)
+    zeros = np.zeros_like(last)
+    return np.stack(
+        [seen.astype(np.float64), np.where(seen, last, 0.0), np.where(seen, first, 0.0), zeros, zeros, zeros]
+    )
+
+
+def _result(spec: StreamSpec, total: Part) -> Statistics:
+    n, mean, second, _ = total["samples"]
+    seen, std = n > 0, np.sqrt(np.maximum(ratio(second, n), 0.0))
+    features = np.where(seen[:, None], _features(spec, total, mean, std), 0.0)
+    features = np.clip(np.nan_to_num(features), -FEATURE_LIMIT, FEATURE_LIMIT)
+    is_counts = spec.kind == "counts"
+    scale = np.maximum(std, COUNT_SCALE_FLOOR if is_counts else SCALE_FLOOR)
+    mean = np.maximum(mean, MEAN_FLOOR) if is_counts else mean
+    varies = seen & (is_counts | (std > 0))  # a trace that is constant here may move elsewhere: never divide by ~0
+    mean, scale = np.where(seen, mean, 0.0), np.where(varies, scale, 1.0)
+    return Statistics(mean.astype(np.float32), scale.astype(np.float32), features.astype(np.float32))
+
+
+def _features(spec: StreamSpec, total: Part, mean: Float, std: Float) -> Float:
+    is_counts = spec.kind == "counts"
+    n, sum_mean, sum_second, _ = total["sums"]
+    third = ratio(total["samples"][3], total["samples"][0])
+    rate_hz = mean / (spec.sample_ns * 1e-9)
+    correlation = {name: _correlation(total[name]) for name in PAIRS}
+    by_name = {
+        "log_rate": np.log(np.maximum(rate_hz, 0.0) + 0.01) if is_counts else np.zeros_like(mean),
+        "cv": ratio(std, np.abs(mean)),
+        "fano_token": ratio(ratio(sum_second, n), sum_mean) if is_counts else np.zeros_like(mean),
+        "autocorr_sample": correlation["sample_pairs" if spec.samples_per_token > 1 else "token_pairs"],
+        "autocorr_token": correlation["token_pairs"],
+        "skewness": ratio(third, std**3),
+        "population_coupling": correlation["population"],
+    }
+    return np.stack([by_name[name] for name in STREAM_FEATURES], axis=1)
+
+
+def _correlation(pairs: Float) -> Float:
+    """Pearson's, 0 where either does not vary."""
+    n, _, _, xx, yy, xy = pairs
+    return ratio(ratio(xy, n), np.sqrt(np.maximum(ratio(xx, n), 0.0) * np.maximum(ratio(yy, n), 0.0)))

@@ -4,6 +4,7 @@ In: numpy arrays that prep has cut into tokens. Out: sealed folders of plain Zar
 Bytes and digests are prep/shards.py's, files prep/disk.py's.
 """
 
+import contextlib
 import hashlib
 import json
 import math
@@ -11,24 +12,25 @@ import re
 from collections import OrderedDict
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
 
-from prep.disk import DigestError, ShardFormatError, StoreError, read_json, sha256, write_json
+from prep.cache import Sealed, open_files
+from prep.disk import DigestError, ShardFormatError, StoreError, parse_json, sha256, write_json
+from prep.mapped import Checked
 from prep.settings import COUNT_MISSING, FORMAT_VERSION, Kind, Modality
 from prep.shards import (
-    MEND,
     Array,
     Rows,
     RowsSpec,
+    as_text,
     create_rows,
-    read_array,
-    read_text,
-    rows_spec,
-    sidecar_digests,
+    rows_spec_of,
+    small_array,
     write_array,
     write_group,
 )
@@ -48,6 +50,9 @@ __all__ = [  # `train` imports from here alone
 SHARD_BYTES = 32 * 2**20
 CHUNK_NS = 2_000_000_000
 EVENT_CHUNK = 1024
+CATALOG = "catalog.json"
+SESSION_BYTES = 256 * 2**20  # of open sessions: clocks and manifests
+ENTRY_BYTES = 600  # of a file in a manifest, in memory
 DTYPES: dict[Kind, str] = {"counts": "uint8", "trace": "float32", "frames": "int32", "event": "float32"}
 TUPLES = ("channels", "types", "fields")  # of StreamSpec: lists in JSON
 FILLS: dict[Kind, float | int] = {"counts": COUNT_MISSING, "trace": math.nan, "frames": -1, "event": math.nan}
@@ -140,13 +145,15 @@ def create_stream(
         write_array(path / "type", types.astype(np.int32))
 
 
-def manifest_files(folder: Path) -> dict[str, dict[str, Any]]:
-    """Every file below `folder` with its size and digest, by its relative path."""
-    return {
-        path.relative_to(folder).as_posix(): {"bytes": path.stat().st_size, "sha256": sha256(path)}
-        for path in sorted(folder.rglob("*"))
-        if path.is_file()
-    }
+def manifest_files(folder: Path, known: Mapping[str, dict[str, Any]] | None = None) -> dict[str, dict[str, Any]]:
+    """Every file below `folder` with its size and digest, by its relative path; those in `known` are not read again."""
+    names = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
+    return {name: (known or {}).get(name) or file_entry(folder / name) for name in names}
+
+
+def file_entry(path: Path) -> dict[str, Any]:
+    """What a manifest says of a file."""
+    return {"bytes": path.stat().st_size, "sha256": sha256(path)}
 
 
 def seal(
@@ -187,7 +194,7 @@ class Stream:
 
     def tokens(self, start_ns: int, stop_ns: int) -> slice:
         """The tokens that start in [start_ns, stop_ns)."""
-        first, last = np.searchsorted(self.start_ns, [start_ns, stop_ns])
+        first, last = self.start_ns.searchsorted((start_ns, stop_ns))
         return slice(int(first), int(last))
 
     def read(self, tokens: slice) -> Array:
@@ -197,17 +204,17 @@ class Stream:
 
 @dataclass
 class Session:
-    """One open session: lazily read, checked against its manifest."""
+    """One open session: lazily read, checked against its manifest; holds no file open."""
 
-    path: Path
     entry: dict[str, Any]
-    files: dict[str, dict[str, Any]]
+    sealed: Sealed
+    _checked: Checked
     _streams: dict[str, Stream] = field(default_factory=dict)
 
     @property
     def attributes(self) -> dict[str, Any]:
         """The root attribute `brainloom`: sources, licence, recipe, versions, coverage."""
-        result: dict[str, Any] = read_json(self._checked("zarr.json"))["attributes"]["brainloom"]
+        result: dict[str, Any] = self._json("zarr.json")["attributes"]["brainloom"]
         return result
 
     @property
@@ -215,37 +222,41 @@ class Session:
         """Names of the streams, sorted."""
         return [stream["name"] for stream in self.entry["streams"]]
 
+    @cached_property
+    def num_bytes(self) -> int:
+        """About what it takes in memory once all its streams are open."""
+        clocks: int = sum(8 * stream["num_tokens"] for stream in self.entry["streams"])
+        return clocks + ENTRY_BYTES * len(self.sealed.entries)
+
     def stream(self, name: str) -> Stream:
         """Open a stream."""
-        if name not in self._streams:
+        opened = self._streams.get(name)
+        if opened is None:
             if name not in self.stream_names:
-                raise StoreError(f"{self.path} has no stream {name!r}; it has {self.stream_names}.")
-            base = f"streams/{name}"
-            attributes = read_json(self._checked(f"{base}/zarr.json"))["attributes"]["brainloom_stream"]
-            spec = StreamSpec(**{**attributes, **{name: tuple(attributes[name]) for name in TUPLES}})
-            offset = self.array(f"{base}/offset_ns") if f"{base}/offset_ns/zarr.json" in self.files else None
-            folder = self._checked(f"{base}/values/zarr.json").parent
-            rows = Rows(folder, rows_spec(folder), sidecar_digests(self.files, f"{base}/values"))
-            self._streams[name] = Stream(
-                spec,
-                self.array(f"{base}/start_ns"),
-                self.array(f"{base}/mean"),
-                self.array(f"{base}/scale"),
-                offset,
-                rows,
-                self.array(f"{base}/type") if spec.kind == "event" else None,
-            )
-        return self._streams[name]
+                raise StoreError(f"{self.sealed.where()} has no stream {name!r}; it has {self.stream_names}.")
+            opened = self._streams[name] = self._open_stream(f"streams/{name}")
+        return opened
+
+    def _open_stream(self, base: str) -> Stream:
+        attributes = self._json(f"{base}/zarr.json")["attributes"]["brainloom_stream"]
+        spec = StreamSpec(**{**attributes, **{name: tuple(attributes[name]) for name in TUPLES}})
+        return Stream(
+            spec,
+            self.array(f"{base}/start_ns"),
+            self.array(f"{base}/mean"),
+            self.array(f"{base}/scale"),
+            self.array(f"{base}/offset_ns") if f"{base}/offset_ns/zarr.json" in self.sealed else None,
+            open_rows(self.sealed.below(f"{base}/values"), self._checked),
+            self.array(f"{base}/type") if spec.kind == "event" else None,
+        )
 
     def array(self, name: str) -> Array:
         """A small array by its path inside the session."""
-        self._checked_array(name)
-        return read_array(self.path / name)
+        return small_array(self._json(f"{name}/zarr.json"), self.sealed.below(name).read)
 
     def text(self, name: str) -> list[str]:
         """A text column by its path inside the session."""
-        self._checked_array(name)
-        return read_text(self.path / name)
+        return as_text(self.array(name))
 
     def splits(self, label: str) -> list[tuple[int, int]]:
         """The blocks [start_ns, stop_ns) of one split, in order."""
@@ -253,72 +264,119 @@ class Session:
         start, stop, labels = (self.array(f"splits/{name}") for name in ("start_ns", "stop_ns", "label"))
         return [(int(a), int(b)) for a, b, c in zip(start, stop, labels, strict=True) if c == code]
 
-    def _checked_array(self, name: str) -> None:
-        self._checked(f"{name}/zarr.json")
-        for key in self.files:
-            if key.startswith(f"{name}/c/"):
-                self._checked(key)
-
-    def _checked(self, name: str) -> Path:
-        if name not in self.files:
-            raise StoreError(f"{self.path} has no {name}.")
-        path = self.path / name
-        if not path.exists() or sha256(path) != self.files[name]["sha256"]:
-            raise DigestError(f"{path} is missing or damaged (sha256 differs from the manifest). {MEND}")
-        return path
+    def _json(self, name: str) -> Any:
+        return parse_json(self.sealed.read(name), self.sealed.where(name))
 
 
 class Store:
-    """A token store, read by its catalog; open sessions are kept in a small cache."""
+    """A token store, read by its catalog: a folder, or a URL (s3://, https://), which is read through a local cache.
 
-    def __init__(self, root: str | Path, max_open: int = 64) -> None:
-        self.root = Path(root)
-        self.catalog: dict[str, Any] = read_json(self.root / "catalog.json")
-        if self.catalog.get("sha256", catalog_digest(self.catalog)) != catalog_digest(self.catalog):
-            raise DigestError(
-                f"{self.root / 'catalog.json'} is damaged (sha256 differs from its own). "
-                "Run `make verify STORE=…`, then `make prep` again."
-            )
+    Open sessions are kept, the longest unused go when they take more than SESSION_BYTES. Threads may share a store, a
+    forked process may go on with it, and pickled it is opened anew by the process that gets it.
+    """
+
+    def __init__(self, root: str | Path) -> None:
+        """Raises StoreError where there is no store or its catalog is damaged, ShardFormatError."""
+        self._files = open_files(root)
+        self._catalog_text = self._read_catalog()
+        self.catalog: dict[str, Any] = parse_json(self._catalog_text, self._files.where(CATALOG))
+        self._check_catalog()
         self.entries: list[dict[str, Any]] = self.catalog["sessions"]
+        self._checked = Checked()
         self._open: OrderedDict[int, Session] = OrderedDict()
         self._stimuli: dict[str, Rows] = {}
-        self._max_open = max_open
+
+    def __reduce__(self) -> tuple[type["Store"], tuple[str]]:
+        return Store, (self.address,)
+
+    @property
+    def root(self) -> Path:
+        """The store's folder; of a store at a URL nothing but its name."""
+        return self._files.root
+
+    @property
+    def address(self) -> str:
+        """What opens this store in another process: its folder from the root of the disk, or its URL."""
+        return self._files.address
 
     def session(self, index: int) -> Session:
-        """Open a session by its place in the catalog."""
-        if index not in self._open:
-            entry = self.entries[index]
-            path = self.root / entry["path"]
-            self._open[index] = Session(path, entry, self._manifest(path, entry)["files"])
-            if len(self._open) > self._max_open:
-                self._open.popitem(last=False)
-        self._open.move_to_end(index)
-        return self._open[index]
+        """Open a session by its place in the catalog. Raises StoreError, DigestError."""
+        opened = self._open.get(index)
+        if opened is None:
+            opened = self._open[index] = self._open_session(index)
+            self._let_go()
+        else:
+            with contextlib.suppress(KeyError):  # another thread has let it go just now; this one stays good
+                self._open.move_to_end(index)
+        return opened
 
     def frames(self, digest: str) -> Rows:
         """Pixels (F, H, W[, C]) uint8 of a stimulus."""
         if digest not in self._stimuli:
-            if digest not in self.catalog["stimuli"]:
-                raise StoreError(f"{self.root} has no stimulus {digest}; it has {sorted(self.catalog['stimuli'])}.")
-            entry = self.catalog["stimuli"][digest]
-            path = self.root / entry["path"]
-            files = self._manifest(path, entry)["files"]
-            if sha256(path / "frames" / "zarr.json") != files["frames/zarr.json"]["sha256"]:
-                raise DigestError(f"{path}/frames/zarr.json is damaged (sha256 differs from the manifest). {MEND}")
-            frames = path / "frames"
-            self._stimuli[digest] = Rows(frames, rows_spec(frames), sidecar_digests(files, "frames"))
+            known = self.catalog["stimuli"]
+            if digest not in known:
+                raise StoreError(f"{self._files.where('')} has no stimulus {digest}; it has {sorted(known)}.")
+            self._stimuli[digest] = open_rows(self._sealed(known[digest]).below("frames"), self._checked)
         return self._stimuli[digest]
-
-    def _manifest(self, path: Path, entry: Mapping[str, Any]) -> dict[str, Any]:
-        manifest = manifest_path(path)
-        if not manifest.exists() or sha256(manifest) != entry["manifest_sha256"]:
-            raise DigestError(f"{manifest} is missing or differs from catalog.json. Run `make prep` again.")
-        content: dict[str, Any] = read_json(manifest)
-        return content
 
     def digest(self) -> str:
         """One digest of all that the store holds."""
-        return hashlib.sha256((self.root / "catalog.json").read_bytes()).hexdigest()
+        return hashlib.sha256(self._catalog_text).hexdigest()
+
+    def _open_session(self, index: int) -> Session:
+        if not 0 <= index < len(self.entries):
+            raise StoreError(f"{self._files.where('')} has {len(self.entries)} sessions; there is no session {index}.")
+        return Session(self.entries[index], self._sealed(self.entries[index]), self._checked)
+
+    def _let_go(self) -> None:
+        while len(self._open) > 1 and sum(kept.num_bytes for kept in list(self._open.values())) > SESSION_BYTES:
+            self._open.popitem(last=False)
+
+    def _sealed(self, entry: Mapping[str, Any]) -> Sealed:
+        """What a session's or stimulus' manifest lists; the manifest is checked against the catalog."""
+        folder = entry["path"]
+        name = manifest_path(Path(folder)).as_posix()
+        catalog = Sealed(self._files, "", {name: {"sha256": entry["manifest_sha256"]}})
+        try:
+            content = parse_json(catalog.read(name), catalog.where(name))
+        except DigestError as error:
+            raise DigestError(
+                f"{catalog.where(name)} is missing or differs from {CATALOG}: its session was made again, or a run was "
+                "killed before it wrote the catalog. Run `make prep` again, and open the store after it has ended."
+            ) from error
+        return Sealed(self._files, folder, content["files"])
+
+    def _read_catalog(self) -> bytes:
+        try:
+            return self._files.latest(CATALOG)
+        except (FileNotFoundError, NotADirectoryError) as error:
+            where = self._files.where(CATALOG)
+            if any(self._files.root.glob("*/*.manifest.json")):
+                raise StoreError(
+                    f"{where} is missing, but sessions are there: `make prep` has not ended, or was killed. "
+                    "Let it end, or run the same `make prep` again."
+                ) from error
+            raise StoreError(
+                f"{where} is missing. Is this a token store? "
+                f"Run `make prep SRC=… OUT={where.removesuffix(f'/{CATALOG}')}` to make one."
+            ) from error
+
+    def _check_catalog(self) -> None:
+        where = self._files.where(CATALOG)
+        if not isinstance(self.catalog, dict) or not {"sessions", "stimuli", "sha256"} <= self.catalog.keys():
+            raise StoreError(
+                f"{where} is no catalog of a token store. Run `make verify STORE=…`, then `make prep` again."
+            )
+        if self.catalog["sha256"] != catalog_digest(self.catalog):
+            raise DigestError(
+                f"{where} is damaged (sha256 differs from its own). Run `make verify STORE=…`, then `make prep` again."
+            )
+
+
+def open_rows(sealed: Sealed, checked: Checked) -> Rows:
+    """The rows of a sharded array, from its folder."""
+    meta = parse_json(sealed.read("zarr.json"), sealed.where("zarr.json"))
+    return Rows(sealed, rows_spec_of(meta), checked=checked)
 
 
 def catalog_digest(catalog: Mapping[str, Any]) -> str:

@@ -11,7 +11,9 @@ from typing import Any
 
 from prep.catalog import Sealed, Source, is_whole
 from prep.disk import StoreError, read_json
+from prep.files import InputFile, RemoteFile
 from prep.plan import Found, PrepError, SessionPlan
+from prep.staging import discard, known_source, release, stage
 from prep.write_session import (
     Target,
     check,
@@ -19,7 +21,7 @@ from prep.write_session import (
     is_current,
     renamed,
     source_of,
-    write_stream_shard,
+    write_stream_shards,
 )
 
 Planner = Callable[[Sequence[Path], Any, str], SessionPlan]  # the files of one session, a recipe, a dataset_id
@@ -44,6 +46,7 @@ class Planned:
     seconds: float = 0.0
     refused: tuple[tuple[str, str], ...] = ()  # broken objects that were left out: path, message
     counts: dict[str, int] = field(default_factory=dict)  # of the files' objects: objects, used, skipped
+    remotes: tuple[RemoteFile, ...] = ()  # what was staged for the plan
 
 
 def guarded(where: str, function: Callable[..., Any], *args: Any) -> Any:
@@ -78,29 +81,48 @@ def plan_from_nwb(paths: Sequence[Path], recipe: Any, dataset_id: str) -> Sessio
 
 def plan_task(
     planner: Planner,
-    paths: Sequence[Path],
+    file: InputFile,
     recipe: Any,
     recipe_digest: str,
-    dataset_id: str,
     root: Path,
     sealed: Sequence[Sealed],
 ) -> Planned:
     """Read what is in the files of a session, unless this very content was ingested with this very recipe."""
     started = time.monotonic()
-    sources = tuple(source_of(path) for path in paths)
-    for session in sealed:
-        if is_current(session, sources, dataset_id, recipe_digest) and is_whole(root, session):
-            refused = tuple((row["path"], row["message"]) for row in session.entry.get("refused", ()))
-            return Planned(sources, sealed=session, refused=refused, counts=_sealed_counts(root, session))
-    plan = planner(paths, recipe, dataset_id)
-    check(plan)
+    for find_sources in (_known_sources, _sources):
+        sources = find_sources(file, sealed)
+        for session in sealed if sources else ():
+            if is_current(session, sources, file.dataset_id, recipe_digest) and is_whole(root, session):
+                release(file.remotes, root)
+                refused = tuple((row["path"], row["message"]) for row in session.entry.get("refused", ()))
+                return Planned(sources, sealed=session, refused=refused, counts=_sealed_counts(root, session))
+    try:
+        plan = planner(file.paths, recipe, file.dataset_id)
+        check(plan)
+    except PrepError:
+        discard(file.remotes)
+        raise
     return Planned(
         sources,
+        remotes=file.remotes,
         plan=plan,
         seconds=time.monotonic() - started,
         refused=tuple((finding.path, finding.message) for finding in plan.refused),
         counts=count_objects(plan.coverage),
     )
+
+
+def _known_sources(file: InputFile, sealed: Sequence[Sealed]) -> tuple[Source, ...]:
+    """What lies behind URLs is not brought again to see that it is there already; () where that cannot be told."""
+    known = [known_source(remote) for remote in file.remotes] if sealed else []
+    return tuple(source for source in known if source is not None) if None not in known else ()
+
+
+def _sources(file: InputFile, sealed: Sequence[Sealed]) -> tuple[Source, ...]:
+    """Name and content of the files, which are here when this returns."""
+    if file.remotes:
+        return tuple(stage(remote) for remote in file.remotes)
+    return tuple(source_of(path) for path in file.paths)
 
 
 def _sealed_counts(root: Path, session: Sealed) -> dict[str, int]:
@@ -116,12 +138,14 @@ def plan_of(planned: Planned | Failed) -> SessionPlan:
     return planned.plan
 
 
-def shard_task(planned: Planned, target: Target, stream: int, shard: int) -> None:
-    """Write one whole shard of a stream."""
-    write_stream_shard(target, plan_of(planned).streams[stream], shard)
+def shard_task(planned: Planned, target: Target, stream: int, first: int, stop: int) -> None:
+    """Write whole shards [first, stop) of a stream."""
+    write_stream_shards(plan_of(planned), target, stream, first, stop)
 
 
 def finish_task(planned: Planned, target: Target, session_id: str) -> dict[str, Any]:
     """Finish a session under the id that it was given."""
     plan = plan_of(planned)
-    return finish_session(plan if session_id == plan.session_id else renamed(plan, planned.sources), target)
+    entry = finish_session(plan if session_id == plan.session_id else renamed(plan, planned.sources), target)
+    release(planned.remotes, target.root)
+    return entry

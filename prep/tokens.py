@@ -114,19 +114,24 @@ class CountTokens:
 
     def __init__(self, first_token: int, num_tokens: int, num_units: int) -> None:
         self.first_bin = first_token * BINS_PER_TOKEN
-        self.counts = np.zeros((num_tokens, num_units, BINS_PER_TOKEN), np.uint16)
+        # Spikes come unit by unit: each unit's bins lie together, so that counting stays in the cache.
+        self.counts = np.zeros((num_units, num_tokens * BINS_PER_TOKEN), np.uint16)
 
     def add(self, time_ns: Index, unit: Index) -> None:
         """Count spikes (n,) of units (n,), those of other tokens aside. A spike on an edge is in the later bin."""
-        num_tokens, num_units, bins = self.counts.shape
+        num_bins = self.counts.shape[1]
         place = time_ns // BIN_NS - self.first_bin
-        inside = (place >= 0) & (place < num_tokens * bins)
-        token, bin_in_token = np.divmod(place[inside], bins)
-        np.add.at(self.counts.reshape(-1), (token * num_units + unit[inside]) * bins + bin_in_token, 1)
+        inside = (place >= 0) & (place < num_bins)
+        self.add_places(unit[inside] * num_bins + place[inside])
+
+    def add_places(self, place: npt.NDArray[Any]) -> None:
+        """Count spikes by their places (n,) in the flattened counts: unit * number of bins + bin."""
+        np.add.at(self.counts.reshape(-1), place, 1)
 
     def values(self) -> npt.NDArray[np.uint8]:
         """Counts (k, S, P), saturated at COUNT_MAX."""
-        return np.minimum(self.counts, COUNT_MAX).astype(np.uint8)
+        counts = np.minimum(self.counts, COUNT_MAX).astype(np.uint8)
+        return np.ascontiguousarray(counts.reshape(len(counts), -1, BINS_PER_TOKEN).transpose(1, 0, 2))
 
 
 def num_saturated(time_ns: Index, unit: Index) -> int:
@@ -139,6 +144,9 @@ def num_saturated(time_ns: Index, unit: Index) -> int:
 def cut_samples(samples: npt.NDArray[Any], bounds: Index, num_samples: int) -> npt.NDArray[np.float32]:
     """Samples (n, S) to tokens (k, S, P): token i holds rows [bounds[i], bounds[i + 1]), then NaN."""
     lengths = np.diff(bounds)
+    if len(lengths) and (lengths == num_samples).all():  # the common case: whole tokens, one after the other
+        whole = samples[bounds[0] : bounds[-1]].reshape(len(lengths), num_samples, -1)
+        return np.ascontiguousarray(whole.transpose(0, 2, 1), dtype=np.float32)
     token = np.repeat(np.arange(len(lengths)), lengths)
     place = np.arange(bounds[0], bounds[-1]) - np.repeat(bounds[:-1], lengths)
     values = np.full((len(lengths), num_samples, samples.shape[1]), np.nan, np.float32)

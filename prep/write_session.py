@@ -6,11 +6,12 @@ renamed and sealed.
 
 import hashlib
 import importlib.metadata
+import itertools
 import math
 import os
 import re
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -19,15 +20,27 @@ import numpy as np
 
 from prep.catalog import STIMULI, Sealed, Source, dataset_folder, has_its_files, read_manifest
 from prep.disk import StoreError, locked, sha256
-from prep.plan import IntervalTable, PlannedStimulus, PlannedStream, PrepError, SessionPlan
+from prep.parts import Files, read_part, remove_parts, write_part
+from prep.plan import (
+    FrameReader,
+    IntervalTable,
+    PlannedStimulus,
+    PlannedStream,
+    PrepError,
+    SequentialReader,
+    SessionPlan,
+    TokenReader,
+)
 from prep.settings import FEATURE_NAMES, FEATURES_VERSION, FORMAT_VERSION, SPLITS, STREAM_FEATURES
-from prep.shards import Array, Rows, RowsSpec, create_rows, write_array, write_group, write_shard, write_text
-from prep.statistics_pass import Statistics, stream_statistics
+from prep.shards import Array, RowsSpec, create_rows, write_array, write_group, write_shard, write_text
+from prep.statistics_pass import Statistics, shard_part, statistics, train_tokens
 from prep.store import SHARD_BYTES, create_stream, manifest_files, manifest_path, sanitise, seal
 from prep.unit_features import unit_features
 
 FRAME_CHUNK_BYTES = 2**20
 PARTIAL = ".partial.zarr"
+SCRATCH = ".scratch"  # what was read and waits for its shard
+RUN_SHARDS = 4  # that one task writes: a chunk of the recording on the border of two shards is decoded once for both
 LONGEST_ID = 120  # characters of a folder's name that `sanitise` keeps
 
 
@@ -113,12 +126,46 @@ def check(plan: SessionPlan) -> None:
 # ---------------------------------------------------------------- shards
 
 
-def write_stream_shard(target: Target, stream: PlannedStream, shard: int) -> None:
-    """One task: read and write one whole shard of a stream."""
-    rows = stream.spec.rows()
-    start = shard * rows.shard_rows
-    values = stream.reader.read(start, min(start + rows.shard_rows, rows.shape[0]))
-    write_shard(target.partial / "streams" / stream.spec.name / "values", rows, shard, values)
+def train_blocks(plan: SessionPlan) -> list[tuple[int, int]]:
+    """[start_ns, stop_ns) of the train split."""
+    return [(start, stop) for start, stop, label in plan.splits if label == "train"]
+
+
+def runs_of_shards(reader: object, num_shards: int) -> list[tuple[int, int]]:
+    """[first, stop) of the shards that one task writes, for each task."""
+    size = 1
+    if isinstance(reader, SequentialReader):
+        size = RUN_SHARDS if reader.is_divisible else max(1, num_shards)
+    return [(first, min(first + size, num_shards)) for first in range(0, num_shards, size)]
+
+
+def write_stream_shards(plan: SessionPlan, target: Target, number: int, first: int, stop: int) -> None:
+    """One task: whole shards [first, stop) of stream `number`, with their digests and parts of the statistics."""
+    spec, reader = plan.streams[number].spec, plan.streams[number].reader
+    scratch = target.partial / SCRATCH / f"{spec.name}.{first}"
+    for shard, values in enumerate(_pieces(reader, spec.rows(), (first, stop), scratch), first):
+        _write_values(plan, target, number, shard, values)
+    shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _pieces(
+    reader: TokenReader | FrameReader, rows: RowsSpec, shards: tuple[int, int], scratch: Path
+) -> Iterator[Array]:
+    """The rows of each shard of a run."""
+    edges = [min(shard * rows.shard_rows, rows.shape[0]) for shard in range(shards[0], shards[1] + 1)]
+    if isinstance(reader, SequentialReader):
+        yield from reader.read_once(edges, scratch)
+    else:
+        yield from (reader.read(start, end) for start, end in itertools.pairwise(edges))
+
+
+def _write_values(plan: SessionPlan, target: Target, number: int, shard: int, values: Array) -> None:
+    stream, spec = plan.streams[number], plan.streams[number].spec
+    folder = f"streams/{spec.name}/values"
+    files = write_shard(target.partial / folder, spec.rows(), shard, values)
+    tokens = train_tokens(spec, stream.start_ns, stream.offset_ns, train_blocks(plan))
+    arrays = shard_part(spec, tokens, shard * spec.shard_tokens, values)
+    write_part(target.partial, f"{spec.name}.{shard}", {f"{folder}/{name}": e for name, e in files.items()}, arrays)
 
 
 def stimulus_rows(stimulus: PlannedStimulus) -> RowsSpec:
@@ -141,12 +188,13 @@ def stimulus_folder(root: Path, digest: str) -> Path:
     return root / STIMULI / f"{digest}.zarr"
 
 
-def write_stimulus_shard(root: Path, run: str, stimulus: PlannedStimulus, shard: int) -> None:
-    """One task: read and write one whole shard of frames."""
+def write_stimulus_shards(root: Path, run: str, stimulus: PlannedStimulus, first: int, stop: int) -> None:
+    """One task: whole shards [first, stop) of frames."""
     rows = stimulus_rows(stimulus)
-    start = shard * rows.shard_rows
-    frames = stimulus.reader.read(start, min(start + rows.shard_rows, rows.shape[0]))
-    write_shard(partial_folder(stimulus_folder(root, stimulus.digest), run) / "frames", rows, shard, frames)
+    partial = partial_folder(stimulus_folder(root, stimulus.digest), run)
+    for shard, frames in enumerate(_pieces(stimulus.reader, rows, (first, stop), partial / SCRATCH), first):
+        files = write_shard(partial / "frames", rows, shard, frames)
+        write_part(partial, str(shard), {f"frames/{name}": entry for name, entry in files.items()}, {})
 
 
 def finish_stimulus(root: Path, run: str, stimulus: PlannedStimulus) -> None:
@@ -161,7 +209,8 @@ def finish_stimulus(root: Path, run: str, stimulus: PlannedStimulus) -> None:
         "shape": list(stimulus.shape),
         "dtype": "uint8",
     }
-    publish(root, partial, folder, entry, "stimulus")
+    parts = [read_part(partial, str(shard)) for shard in range(num_stimulus_shards(stimulus))]
+    publish(root, partial, folder, entry, "stimulus", {name: e for part in parts for name, e in part.files.items()})
 
 
 # ---------------------------------------------------------------- the rest of a session
@@ -172,11 +221,12 @@ def finish_session(plan: SessionPlan, target: Target) -> dict[str, Any]:
     partial = target.partial
     write_group(partial, {"brainloom": root_attributes(plan, target)})
     write_group(partial / "streams")
-    statistics = {
-        planned.spec.name: _finish_stream(plan, planned, partial)
+    known: Files = {}
+    measured = {
+        planned.spec.name: _finish_stream(plan, planned, partial, known)
         for planned in sorted(plan.streams, key=lambda stream: stream.spec.name)
     }
-    _write_units(plan, statistics, partial / "units")
+    _write_units(plan, measured, partial / "units")
     write_group(partial / "intervals")
     for name, table in plan.intervals.items():
         _write_intervals(table, partial / "intervals" / name)
@@ -185,17 +235,27 @@ def finish_session(plan: SessionPlan, target: Target) -> dict[str, Any]:
     if missing:
         raise StoreError(f"stimuli {missing} are not sealed. Run the same `make prep` again.")
     entry = session_entry(plan, target)
-    publish(target.root, partial, target.root / target.folder, entry, "session")
+    publish(target.root, partial, target.root / target.folder, entry, "session", known)
     return entry
 
 
 def publish(
-    root: Path, partial: Path, folder: Path, entry: Mapping[str, Any], kind: Literal["session", "stimulus"]
+    root: Path,
+    partial: Path,
+    folder: Path,
+    entry: Mapping[str, Any],
+    kind: Literal["session", "stimulus"],
+    known: Files,
 ) -> None:
-    """Rename a finished folder into place and seal it: a kill at any point leaves it unsealed or sealed, never half."""
+    """Rename a finished folder into place and seal it: a kill at any point leaves it unsealed or sealed, never half.
+
+    `known`: what the manifest says of the files whose digests were made while they were written.
+    """
+    remove_parts(partial)
+    shutil.rmtree(partial / SCRATCH, ignore_errors=True)
     for leftover in partial.rglob(".*"):  # of a task that was killed while it wrote
         leftover.unlink()
-    files = manifest_files(partial)
+    files = manifest_files(partial, known)
     with locked(root):
         manifest = manifest_path(folder)
         if has_its_files(folder) and (kind == "stimulus" or read_manifest(manifest)["files"] == files):
@@ -277,24 +337,29 @@ def stream_entry(stream: PlannedStream) -> dict[str, Any]:
     }
 
 
-def _finish_stream(plan: SessionPlan, planned: PlannedStream, partial: Path) -> tuple[int | None, Statistics]:
-    create_stream(partial, planned.spec, planned.start_ns, planned.offset_ns, planned.types)
-    folder = partial / "streams" / planned.spec.name
-    train = [(start, stop) for start, stop, label in plan.splits if label == "train"]
-    rows = Rows(folder / "values", planned.spec.rows())
-    statistics = stream_statistics(planned.spec, planned.start_ns, planned.offset_ns, train, rows.read)
-    write_array(folder / "mean", statistics.mean)
-    write_array(folder / "scale", statistics.scale)
-    return planned.spec.first_unit, statistics
+def _finish_stream(
+    plan: SessionPlan, planned: PlannedStream, partial: Path, known: Files
+) -> tuple[int | None, Statistics]:
+    spec = planned.spec
+    create_stream(partial, spec, planned.start_ns, planned.offset_ns, planned.types)
+    folder = partial / "streams" / spec.name
+    parts = [read_part(partial, f"{spec.name}.{shard}") for shard in range(spec.num_shards)]
+    for part in parts:
+        known.update(part.files)
+    tokens = train_tokens(spec, planned.start_ns, planned.offset_ns, train_blocks(plan))
+    found = statistics(spec, tokens, [part.arrays for part in parts])
+    write_array(folder / "mean", found.mean)
+    write_array(folder / "scale", found.scale)
+    return spec.first_unit, found
 
 
-def _write_units(plan: SessionPlan, statistics: Mapping[str, tuple[int | None, Statistics]], folder: Path) -> None:
+def _write_units(plan: SessionPlan, measured: Mapping[str, tuple[int | None, Statistics]], folder: Path) -> None:
     units, num_units = plan.units, len(plan.units.unit_key)
-    measured = np.zeros((num_units, len(STREAM_FEATURES)), np.float32)
-    for first_unit, result in reversed(list(statistics.values())):  # a unit of two streams: the first by name counts
+    of_streams = np.zeros((num_units, len(STREAM_FEATURES)), np.float32)
+    for first_unit, result in reversed(list(measured.values())):  # a unit of two streams: the first by name counts
         if first_unit is not None:
-            measured[first_unit : first_unit + len(result.features)] = result.features
-    features = unit_features(units, measured)
+            of_streams[first_unit : first_unit + len(result.features)] = result.features
+    features = unit_features(units, of_streams)
     write_group(folder)
     for name in ("unit_key", "kind", "region", "quality"):
         write_text(folder / name, getattr(units, name))

@@ -33,10 +33,11 @@ from prep.write_session import (
     finish_session,
     finish_stimulus,
     num_stimulus_shards,
+    runs_of_shards,
     session_folder,
     source_of,
-    write_stimulus_shard,
-    write_stream_shard,
+    write_stimulus_shards,
+    write_stream_shards,
 )
 
 SECOND_NS = 1_000_000_000
@@ -225,12 +226,12 @@ def write_plan(plan: SessionPlan, target: Target) -> dict[str, Any]:
     """One session from plan to seal in this process: what ingest spreads over workers, byte for byte."""
     check(plan)
     for stimulus in plan.stimuli:
-        for shard in range(num_stimulus_shards(stimulus)):
-            write_stimulus_shard(target.root, target.run, stimulus, shard)
+        for first, stop in runs_of_shards(stimulus.reader, num_stimulus_shards(stimulus)):
+            write_stimulus_shards(target.root, target.run, stimulus, first, stop)
         finish_stimulus(target.root, target.run, stimulus)
-    for planned in plan.streams:
-        for shard in range(planned.spec.num_shards):
-            write_stream_shard(target, planned, shard)
+    for number, planned in enumerate(plan.streams):
+        for first, stop in runs_of_shards(planned.reader, planned.spec.num_shards):
+            write_stream_shards(plan, target, number, first, stop)
     return finish_session(plan, target)
 
 

@@ -397,3 +397,12 @@ def test_real_recordings_are_ingested_or_refused_with_one_line(client: Client, t
     assert all(row["coverage"]["objects"] for row in failures(store) if row["file"] != "empty.nwb")
     assert all(re.match(r"\w+(Error|Exception)\b", row.reason) is None for row in outcomes if row.is_failure)
     assert problems(store) == []
+    peaks = client.run(peak_rss_mb)
+    assert all(100 < peak < 700 for peak in peaks.values()), peaks
+
+
+def peak_rss_mb() -> float:
+    """Of a worker, since it started."""
+    found = re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())
+    assert found is not None
+    return int(found.group(1)) / 1024

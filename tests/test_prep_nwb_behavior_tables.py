@@ -156,11 +156,13 @@ def pose(folder: Path, points: np.ndarray, confidence: np.ndarray | None) -> Ses
     return plan_session(path, Recipe(), "d1")
 
 
-@pytest.mark.parametrize("axes", ["xy", "xyz"])
-def test_a_key_point_has_its_place_and_the_confidence_as_the_tracker_gave_them(tmp_path: Path, axes: str):
+@pytest.mark.parametrize(("axes", "shape"), [("xy", (100,)), ("xyz", (100,)), ("xy", (100, 1))])
+def test_a_key_point_has_its_place_and_the_confidence_as_the_tracker_gave_them(
+    tmp_path: Path, axes: str, shape: tuple[int, ...]
+):
     points, confidence = RNG.normal(size=(100, len(axes))), RNG.uniform(size=100)
     confidence[5] = 0.0
-    session = pose(tmp_path, points, confidence)
+    session = pose(tmp_path, points, confidence.reshape(shape))
     item = stream(session, "snout")
     assert item.spec.channels == tuple(f"snout/{name}" for name in (*axes, "confidence"))
     expected = np.column_stack([points * 2.0, confidence]).astype(np.float32)

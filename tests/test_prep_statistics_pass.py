@@ -12,7 +12,7 @@ from store_builders import SECOND_NS, stream
 
 import prep.statistics_pass
 from prep.settings import FEATURE_NAMES
-from prep.statistics_pass import Statistics, in_blocks, stream_statistics
+from prep.statistics_pass import Statistics, in_blocks, shard_part, train_tokens
 
 ORIGIN = 12_000_000 * SECOND_NS
 TRAIN = [(ORIGIN, ORIGIN + 40 * SECOND_NS), (ORIGIN + 50 * SECOND_NS, ORIGIN + 60 * SECOND_NS)]
@@ -20,9 +20,13 @@ IN_TRAIN = np.r_[0:400, 500:600]
 
 
 def statistics(values: np.ndarray[Any, Any], kind: str, modality: str, **more: Any) -> Statistics:
-    """Statistics of values (K, S, P), tokens of 100 ms from ORIGIN on."""
+    """Statistics of values (K, S, P), tokens of 100 ms from ORIGIN on, in shards of `shard_tokens`."""
+    shard_tokens = more.pop("shard_tokens", 64)
     planned = stream("x", kind, modality, values.shape, **more)
-    return stream_statistics(planned.spec, planned.start_ns, planned.offset_ns, TRAIN, lambda a, b: values[a:b])
+    tokens = train_tokens(planned.spec, planned.start_ns, planned.offset_ns, TRAIN)
+    starts = range(0, len(values), shard_tokens)
+    parts = [shard_part(planned.spec, tokens, first, values[first : first + shard_tokens]) for first in starts]
+    return prep.statistics_pass.statistics(planned.spec, tokens, parts)
 
 
 def feature(result: Statistics, name: str) -> np.ndarray[Any, Any]:
@@ -140,3 +144,14 @@ def test_the_size_of_the_blocks_is_a_matter_of_rounding_only(monkeypatch: pytest
     parts = statistics(counts(), "counts", "spikes")
     assert_allclose(parts.features, whole.features, rtol=1e-5)
     assert_allclose(parts.mean, whole.mean, rtol=1e-6)
+
+
+@pytest.mark.parametrize("shard_tokens", [1, 7, 450, 700])
+def test_the_size_of_the_shards_is_a_matter_of_rounding_only(shard_tokens: int) -> None:
+    for values, kind in ((counts(), "counts"), (np.where(counts() == 255, np.nan, counts()) + 1e4, "trace")):
+        values = values if kind == "counts" else values.astype(np.float32)
+        whole = statistics(values, kind, "spikes")
+        parts = statistics(values, kind, "spikes", shard_tokens=shard_tokens)
+        assert_allclose(parts.features, whole.features, rtol=1e-5, atol=1e-6)
+        assert_allclose(parts.mean, whole.mean, rtol=1e-6)
+        assert_allclose(parts.scale, whole.scale, rtol=1e-6)

@@ -5,6 +5,7 @@ In: hand-built arrays. Out: stores in temporary folders.
 
 import json
 import math
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -223,3 +224,83 @@ def test_pixels_are_read_by_their_digest_and_checked(store: Path) -> None:
     shard.write_bytes(bytes([shard.read_bytes()[0] ^ 1]) + shard.read_bytes()[1:])
     with pytest.raises(DigestError):
         Store(store).frames(digest).read(0, 7)
+
+
+# ---------------------------------------------------------------- stores that are not whole
+
+
+def read_all(opened: Store) -> list[np.ndarray[Any, Any]]:
+    """All that a reader can read of a store."""
+    result = [opened.frames(digest).read(0, 7) for digest in opened.catalog["stimuli"]]
+    for index in range(len(opened.entries)):
+        session = opened.session(index)
+        result += [session.stream(name).read(slice(0, 9)) for name in session.stream_names]
+        for name in session.stream_names:
+            stream = session.stream(name)
+            result.append(stream.read(slice(0, stream.spec.num_tokens)))
+        small = sorted(key for key in session.sealed.entries if key.endswith("zarr.json") and "values" not in key)
+        groups = {"zarr.json", *(f"{part}/zarr.json" for part in ("units", "streams", "intervals", "splits"))}
+        groups |= {f"streams/{name}/zarr.json" for name in session.stream_names} | {"intervals/trials/zarr.json"}
+        result += [session.array(key.removesuffix("/zarr.json")) for key in small if key not in groups]
+        assert session.attributes["dataset_id"] == "d1"
+    return result
+
+
+def refusal(store: Path) -> str:
+    """What the reader says of a store."""
+    with pytest.raises(StoreError) as found:
+        read_all(Store(store))
+    return str(found.value)
+
+
+def test_a_store_without_a_catalog_that_holds_sessions_is_called_unfinished(store: Path) -> None:
+    (store / "catalog.json").unlink()
+    assert refusal(store) == (
+        f"{store}/catalog.json is missing, but sessions are there: `make prep` has not ended, or was killed. "
+        "Let it end, or run the same `make prep` again."
+    )
+
+
+@pytest.mark.parametrize("text", ["[]", "{}", '{"sessions": []}', '{"format": 2, "sha256": "x"}'])
+def test_a_catalog_that_is_none_is_refused(text: str, store: Path) -> None:
+    (store / "catalog.json").write_text(text)
+    assert refusal(store) == (
+        f"{store}/catalog.json is no catalog of a token store. Run `make verify STORE=…`, then `make prep` again."
+    )
+
+
+def test_a_catalog_cut_short_is_refused(store: Path) -> None:
+    path = store / "catalog.json"
+    path.write_bytes(path.read_bytes()[:100])
+    assert refusal(store).startswith(f"{path} is not valid JSON (")
+
+
+def test_a_session_that_was_made_again_since_the_catalog_is_refused(store: Path) -> None:
+    manifest = store / "d1" / "s1.manifest.json"
+    expected = (
+        f"{manifest} is missing or differs from catalog.json: its session was made again, or a run was killed before "
+        "it wrote the catalog. Run `make prep` again, and open the store after it has ended."
+    )
+    manifest.write_text(manifest.read_text() + "\n")
+    assert refusal(store) == expected
+    manifest.unlink()
+    assert refusal(store) == expected
+
+
+def test_a_session_whose_folder_is_gone_is_refused(store: Path) -> None:
+    shutil.rmtree(store / "d1" / "s1.zarr")
+    assert refusal(store).startswith(f"{store}/d1/s1.zarr/streams/licks/zarr.json is missing. Delete the .manifest")
+
+
+def test_a_shard_that_no_manifest_lists_is_not_read(store: Path) -> None:
+    values = store / "d1/s1.zarr/streams/roi/values"
+    assert not (values / "c/1").exists()
+    (values / "c/1/0").mkdir(parents=True)
+    shutil.copy(values / "c/0/0/0", values / "c/1/0/0")
+    assert refusal(store).startswith(f"{values}/c/1/0/0 is not in the manifest. Delete")
+
+
+@pytest.mark.parametrize("index", [2, -1])
+def test_a_session_that_is_not_there_is_named(index: int, store: Path) -> None:
+    with pytest.raises(StoreError, match=f"{store} has 2 sessions; there is no session {index}."):
+        Store(store).session(index)

@@ -17,7 +17,9 @@ def read_behavior(survey: Survey) -> list[Draft]:
     drafts = []
     for node in list(survey.of_type("SpatialSeries", "TimeSeries")):
         if not node.path.startswith(("acquisition/", "processing/")):
-            survey.skip(node.path, "only series of acquisition and processing are read")
+            is_shown = node.path.startswith("stimulus/")
+            kept = "a series outside of acquisition and processing"
+            survey.skip(node.path, "a stimulus that is a signal is not read" if is_shown else kept)
             continue
         with survey.reading(node):
             drafts.append(_plan(survey, node))

@@ -1,20 +1,23 @@
 """Behaviour that is kept in tables: one row per time stamp, one column per quantity, as Allen's eye tracking.
 
-In: DynamicTables of acquisition and processing with a column `timestamps`. Out: streams of modality `behavior`.
+In: DynamicTables of acquisition and processing with a column of times. Out: streams of modality `behavior`; of a table
+without a signal, such as one of licks and their sides, events.
 """
 
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
 
 from prep.nwb.behavior import unit_in_rad
 from prep.nwb.clocks import read_clock
-from prep.nwb.file import as_text, get, is_dataset, is_text
+from prep.nwb.events import MAX_TYPES, TYPE_COLUMNS, Events, distinct, event_stream
+from prep.nwb.file import as_text, get, is_dataset, is_text, texts
 from prep.nwb.inventory import Draft, Node, Survey
 from prep.nwb.series import BLOCK_SAMPLES, Series, read_block, trace_stream
 from prep.plan import PrepError
 
-TIMES = "timestamps"
+TIMES = ("timestamps", "timestamp", "time", "times", "time_s", "timestamps_s")  # names of the column of times
 
 
 def read_behavior_tables(survey: Survey) -> list[Draft]:
@@ -24,27 +27,41 @@ def read_behavior_tables(survey: Survey) -> list[Draft]:
         if not node.is_group or node.path in survey.found or not node.path.startswith(("acquisition/", "processing/")):
             continue
         group = survey.file[node.path]
-        if "colnames" in group.attrs and is_dataset(get(group, TIMES)):
+        times = _times(group) if "colnames" in group.attrs else ""
+        if times:
             with survey.reading(node):
-                drafts.append(_plan(survey, node))
+                drafts.append(_plan(survey, node, times))
     return drafts
 
 
-def _plan(survey: Survey, node: Node) -> Draft:
+def _times(group: Any) -> str:
+    """Name of a table's column of times, "" if it has none; one that is not called `timestamps` has to rise."""
+    for name in TIMES:
+        column: Any = get(group, name)
+        if not is_dataset(column):
+            continue
+        if name == TIMES[0]:
+            return name
+        if column.ndim == 1 and column.dtype.kind == "f" and len(column) > 1 and bool((np.diff(column[()]) > 0).all()):
+            return name
+    return ""
+
+
+def _plan(survey: Survey, node: Node, times: str) -> Draft:
     group = survey.file[node.path]
-    num_rows = len(group[TIMES])
+    num_rows = len(group[times])
     if num_rows < 2:
         raise PrepError("it has a single row" if num_rows else "it has no rows")
     widths: dict[str, int] = {}
-    for column in _columns(group):
+    for column in _columns(group, times):
         path = f"{node.path}/{column}"
         try:
             widths[column] = _width(group, column, num_rows)
         except PrepError as error:
             survey.skip(path, str(error))
     if not widths:
-        raise PrepError("none of its columns is a signal: " + _why_not(survey, node))
-    clock, rows = read_clock(survey, node.path, num_rows)
+        return _events(survey, node, times)
+    clock, rows = read_clock(survey, node.path, num_rows, times)
     name = survey.stream_name(node)
     channels, angles_rad = _channels(survey, node, name, widths)
     series = Series(
@@ -60,17 +77,37 @@ def _plan(survey: Survey, node: Node) -> Draft:
         unit="",
     )
     draft = trace_stream(survey, series, name, "behavior", columns=channels, angles_rad=angles_rad)
-    survey.use(node.path, name)
-    for column in (*widths, TIMES, "id"):
-        if f"{node.path}/{column}" in survey.nodes:
-            survey.use(f"{node.path}/{column}", name)
+    _use(survey, node, name, (*widths, times, "id"))
     return draft
 
 
-def _columns(group: Any) -> list[str]:
+def _use(survey: Survey, node: Node, name: str, columns: Iterable[str]) -> None:
+    survey.use(node.path, name)
+    for column in columns:
+        if f"{node.path}/{column}" in survey.nodes:
+            survey.use(f"{node.path}/{column}", name)
+
+
+def _events(survey: Survey, node: Node, times: str) -> Draft:
+    """Events of a table whose only other columns are words: the type of each; PrepError where it is no such table."""
+    group = survey.file[node.path]
+    num_rows = len(group[times])
+    columns = sorted(_columns(group, times), key=lambda name: name not in TYPE_COLUMNS)
+    words = {name: [word.strip() for word in texts(group, name, num_rows)] for name in columns}
+    chosen = next((name for name in columns if 1 < len(set(words[name])) <= MAX_TYPES), None)
+    if chosen is None:
+        raise PrepError("none of its columns is a signal: " + _why_not(survey, node))
+    name = survey.stream_name(node)
+    vocabulary, word = distinct(words[chosen])
+    draft = event_stream(survey, node.path, name, Events(time_s=group[times], vocabulary=vocabulary, word=word))
+    _use(survey, node, name, (chosen, times, "id"))
+    return draft
+
+
+def _columns(group: Any, times: str) -> list[str]:
     """Columns that may be signals, in the table's own order."""
     named = [as_text(name) for name in np.ravel(group.attrs["colnames"])]
-    return [name for name in named if name != TIMES and get(group, name) is not None]
+    return [name for name in named if name != times and get(group, name) is not None]
 
 
 def _width(group: Any, name: str, num_rows: int) -> int:

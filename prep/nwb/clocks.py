@@ -3,8 +3,8 @@
 In: an object of the file, and the recipe's maps between clocks. Out: a Clock, or sorted times; findings of the audit.
 """
 
+import contextlib
 from collections.abc import Iterator
-from fnmatch import fnmatchcase
 from typing import Any
 
 import numpy as np
@@ -22,7 +22,7 @@ from prep.audit import (
 )
 from prep.clock import Clock, clean_times, clock_findings, rate_times, regularity
 from prep.nwb.file import as_text, dataset, follow, get, is_dataset, is_group
-from prep.nwb.inventory import Survey
+from prep.nwb.inventory import UNREADABLE, Node, Survey, is_named
 from prep.plan import BrokenObject, Finding, PrepError
 from prep.sync import Block, match_clocks, rising_edges
 
@@ -31,22 +31,27 @@ Index = npt.NDArray[np.int64]
 
 BLOCK_SAMPLES = 4_000_000
 FIRST_SPIKES = 100_000
+COARSE = 0.05  # of a step: what the type of the time stamps may round away
 MS_UNITS = ("ms", "msec", "millisecond", "milliseconds")
 
 
-def read_clock(survey: Survey, path: str, num_samples: int) -> tuple[Clock, Index | None]:
+def read_clock(
+    survey: Survey, path: str, num_samples: int, stamps_name: str = "timestamps"
+) -> tuple[Clock, Index | None]:
     """Clock of a series of num_samples samples, and the row of each sample (None: row i is sample i).
 
-    The clock may have fewer samples: those without a good time stamp are left out. Raises PrepError; BrokenObject where
-    data and time stamps differ in length by more than a few.
+    stamps_name: what its time stamps are called, where it has them. The clock may have fewer samples: those without a
+    good time stamp are left out. Raises PrepError; BrokenObject where data and time stamps differ in length by more
+    than a few.
     """
     group = survey.file[path]
     stated_hz, told_by = _stated_rate(survey, group)
-    if get(group, "timestamps") is not None:
-        time_s, rows = _stamps(survey, path, group["timestamps"], num_samples, stated_hz)
+    stamps = stamps_of(group, stamps_name)
+    if stamps is not None:
+        time_s, rows = _stamps(survey, path, stamps, num_samples, stated_hz)
         rate_hz = None
     else:
-        start_s, rate_hz = _start_and_rate(group)
+        start_s, rate_hz = start_and_rate(group)
         time_s, rows = rate_times(start_s, rate_hz, num_samples), None
     if len(time_s) < 2:
         raise PrepError("only one of its time stamps is a time")
@@ -69,15 +74,52 @@ def _stamps(
     if num_samples != num_stamps:
         findings.insert(0, length_finding(path, num_samples, num_stamps))
     survey.findings.extend(findings)
+    step_s = float(np.median(np.diff(time_s))) if len(time_s) > 1 else np.inf
+    coarse_s = float(np.spacing(np.float32(np.abs(time_s).max()))) if stamps.dtype == np.float32 else 0.0
+    if coarse_s > COARSE * step_s:
+        message = f"its time stamps are float32, which at {time_s[-1]:.6g} s are {coarse_s * 1e3:.3g} ms apart"
+        survey.findings.append(finding("coarse-time", path, message, resolution_s=coarse_s))
     return _in_seconds(survey, path, time_s, stamps, stated_hz), rows
 
 
-def _start_and_rate(group: Any) -> tuple[float, float]:
+def stamps_of(group: Any, name: str = "timestamps") -> Any:
+    """The time stamps (n,) of a series, None where it has a rate; MATLAB's rows and columns are read as lists.
+
+    Raises PrepError where they are no numbers.
+    """
+    stamps: Any = get(group, name)
+    if stamps is None:
+        if any(member == name for member in group):
+            raise PrepError(f"its `{name}` is a link that leads nowhere. Get the file or the object that it names")
+        return None
+    if not is_dataset(stamps) or stamps.ndim not in (1, 2) or stamps.dtype.kind not in "fiu":
+        found = f"{stamps.dtype} {stamps.shape}" if is_dataset(stamps) else "a group"
+        raise PrepError(f"its `{name}` is {found}, expected seconds as numbers, one for each sample")
+    if stamps.ndim == 2 and 1 not in stamps.shape:
+        raise PrepError(f"its `{name}` is {stamps.dtype} {stamps.shape}, expected one number for each sample")
+    return stamps if stamps.ndim == 1 else stamps[()].reshape(-1)
+
+
+def start_and_rate(group: Any) -> tuple[float, float]:
+    """Time of the first sample in s, and samples a second, of a series without time stamps. Raises PrepError."""
+    if get(group, "starting_time") is None:
+        raise PrepError("it has neither `timestamps` nor `starting_time`, so when its samples were cannot be told")
     start = dataset(group, "starting_time")
-    rate_hz = float(start.attrs.get("rate", np.nan))
-    if not (np.isfinite(rate_hz) and rate_hz > 0 and np.isfinite(start[()])):
-        raise PrepError(f"its clock is start {start[()]} s at rate {rate_hz} Hz")
-    return float(start[()]), rate_hz
+    start_s, rate_hz = one_number(start[()]), one_number(start.attrs.get("rate", np.nan))
+    if not (np.isfinite(rate_hz) and rate_hz > 0 and np.isfinite(start_s)):
+        raise PrepError(
+            f"it starts at {start_s:g} s with a rate of {rate_hz:g} Hz; expected a time, and more than 0 Hz"
+        )
+    return start_s, rate_hz
+
+
+def one_number(value: Any) -> float:
+    """A number, whether it is written as such, as a list of one, or as text; NaN for anything else."""
+    array = np.ravel(np.asarray(value))
+    try:
+        return float(as_text(array[0])) if len(array) == 1 else np.nan
+    except ValueError:
+        return np.nan
 
 
 def read_event_times(survey: Survey, path: str, stamps: Any) -> tuple[Seconds, Index]:
@@ -137,39 +179,54 @@ def _stated_rate(survey: Survey, group: Any) -> tuple[float | None, str]:
 def _in_seconds(survey: Survey, path: str, time_s: Seconds, stamps: Any, stated_hz: float | None) -> Seconds:
     """Times in s, divided by 1000 where they are evidently ms."""
     unit = as_text(stamps.attrs.get("unit", "")) if hasattr(stamps, "attrs") else ""
-    others = list(_spans(survey, path)) if may_be_milliseconds(time_s) else []
+    others = other_spans(survey, path) if may_be_milliseconds(time_s) else []
     why = in_milliseconds(time_s, unit.strip().lower() in MS_UNITS, stated_hz, others)
     if not why:
         return time_s
     message = f"its times are milliseconds ({why}); they are divided by 1000"
-    survey.findings.append(finding("milliseconds", path, message, length_s=float(time_s[-1] - time_s[0]) / 1000))
+    _add_once(survey, finding("milliseconds", path, message, length_s=float(time_s[-1] - time_s[0]) / 1000))
     in_s: Seconds = time_s / 1000
     return in_s
 
 
-def _spans(survey: Survey, path: str) -> Iterator[Span]:
-    """First and last time of the spikes and of interval tables; where there are none, of all other series."""
-    tables = [span for node in survey.nodes.values() for span in _table_span(survey, node.path) if node.path != path]
-    tables = [span for span in tables if span[1] > span[0]]
-    if tables:
-        yield from tables
+def table_in_seconds(survey: Survey, path: str, start_s: Seconds, starts: Any) -> float:
+    """What the times of a table (N,), NaN = not given, are divided by to be seconds: 1, or 1000 of milliseconds."""
+    given = np.sort(start_s[np.isfinite(start_s)])
+    return 1.0 if np.array_equal(_in_seconds(survey, path, given, starts, None), given) else 1000.0
+
+
+def other_spans(survey: Survey, path: str) -> list[Span]:
+    """First and last time of what is in seconds for certain: spikes (audited on their own) and series with a rate.
+
+    Where there is none, of interval tables and of series with time stamps.
+    """
+    if survey.spans is None:
+        survey.spans = []
+        for node in survey.nodes.values():
+            with contextlib.suppress(*UNREADABLE):  # its own reader says what is wrong with it
+                survey.spans += [(node.path, *span) for span in _clock_span(survey, node)]
+    others = [(is_certain, span) for own, is_certain, span in survey.spans if own != path and span[1] > span[0]]
+    certain = [span for is_certain, span in others if is_certain]
+    return certain or [span for _, span in others]
+
+
+def _clock_span(survey: Survey, node: Node) -> Iterator[tuple[bool, Span]]:
+    """First and last time of a series or a table, and whether it is in seconds for certain."""
+    if not node.is_group or node.path == "/":
         return
-    for node in survey.nodes.values():
-        stamps: Any = get(survey.file, f"{node.path}/timestamps") if node.is_group and node.path != "/" else None
-        if node.path != path and is_dataset(stamps) and stamps.ndim == 1 and len(stamps) > 1:
-            first, last = float(stamps[0]), float(stamps[-1])
-            if last > first:
-                yield first, last
-
-
-def _table_span(survey: Survey, path: str) -> Iterator[Span]:
-    """First and last time of a table of units or intervals."""
+    group = survey.file[node.path]
     names = {"Units": ("spike_times",), "TimeIntervals": ("start_time", "stop_time")}
-    columns: list[Any] = [get(survey.file[path], name) for name in names.get(survey.nodes[path].neurodata_type, ())]
-    if columns and all(is_dataset(column) and column.ndim == 1 and len(column) for column in columns):
-        times = np.concatenate([column[:FIRST_SPIKES] for column in columns]).astype(np.float64)
+    columns: list[Any] = [get(group, name) for name in names.get(node.neurodata_type, ("timestamps",))]
+    if all(is_dataset(column) and column.ndim == 1 and column.dtype.kind in "fiu" for column in columns):
+        is_series = len(columns) == 1 and node.neurodata_type != "Units"
+        ends = [column[part] for column in columns for part in (slice(1), slice(max(0, len(column) - 1), len(column)))]
+        times = np.concatenate(ends if is_series else [column[:FIRST_SPIKES] for column in columns]).astype(np.float64)
         if np.isfinite(times).any():
-            yield float(np.nanmin(times)), float(np.nanmax(times))
+            yield node.neurodata_type == "Units", (float(np.nanmin(times)), float(np.nanmax(times)))
+    data: Any = get(group, "data")
+    if "starting_time" in group and is_dataset(data) and data.ndim and columns[0] is None:
+        start_s, rate_hz = start_and_rate(group)
+        yield True, (start_s, start_s + max(data.shape[:2]) / rate_hz)
 
 
 # ---------------------------------------------------------------- sync
@@ -202,7 +259,7 @@ def _names(pattern: str, path: str) -> bool:
     """Whether a pattern names the object or what holds it, by path or by own name."""
     parts = path.strip("/").split("/")
     above = ["/".join(parts[: i + 1]) for i in range(len(parts))]
-    return any(fnmatchcase(text, pattern.strip("/")) for text in (*above, *parts))
+    return any(is_named(text, pattern.strip("/")) for text in (*above, *parts))
 
 
 def read_sync(survey: Survey) -> None:
@@ -245,15 +302,15 @@ def read_pulses(survey: Survey, path: str) -> Seconds:
         raise PrepError(f"the file has no {path}. Name a series or a column of times")
     if is_dataset(item):
         return _sorted_times(item[()], path)
-    stamps = get(item, "timestamps")
+    stamps = stamps_of(item)
     data = get(item, "data")
     if not is_dataset(data) or data.ndim != 1 or data.dtype.kind not in "fiub" or len(data) < 2:
-        if is_dataset(stamps):
+        if stamps is not None:
             return _sorted_times(stamps[()], path)
         raise PrepError(f"{path} has neither time stamps nor a signal of one channel")
     low, high = _range(data)
     if not low < high:
-        if not is_dataset(stamps):
+        if stamps is None:
             raise PrepError(f"{path} never changes, so it has no pulses")
         return _sorted_times(stamps[()], path)
     return rising_edges(_blocks(item, data), low, high, is_sampled=stamps is None)
@@ -277,9 +334,9 @@ def _range(data: Any) -> tuple[float, float]:
 
 def _blocks(group: Any, data: Any) -> Iterator[Block]:
     """Times and samples of a signal, block by block."""
-    stamps = get(group, "timestamps")
+    stamps = stamps_of(group)
     num_samples = len(data) if stamps is None else min(len(data), len(stamps))
-    start_s, rate_hz = _start_and_rate(group) if stamps is None else (0.0, 1.0)
+    start_s, rate_hz = start_and_rate(group) if stamps is None else (0.0, 1.0)
     for begin in range(0, num_samples, BLOCK_SAMPLES):
         end = min(num_samples, begin + BLOCK_SAMPLES)
         time_s = start_s + np.arange(begin, end) / rate_hz if stamps is None else stamps[begin:end].astype(np.float64)

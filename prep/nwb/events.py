@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from prep.clock import rate_times
-from prep.nwb.clocks import read_event_times
+from prep.nwb.clocks import one_number, read_event_times, stamps_of, start_and_rate
 from prep.nwb.file import as_text, dataset, follow, get, is_dataset, is_group, is_text, numbers, ragged_stops, texts
 from prep.nwb.inventory import Draft, Node, Survey, snake_case
 from prep.plan import BrokenObject, PlannedStream, PrepError
@@ -24,12 +24,14 @@ from prep.tokens import HeldTokens
 Array = npt.NDArray[Any]
 Seconds = npt.NDArray[np.float64]
 
+READ_UNDER = ("acquisition/", "processing/", "stimulus/presentation/")
 MAX_TYPES = 1000  # more distinct texts are free text, not a vocabulary
 MAX_CODES = 64  # integers with at most so many distinct values are codes of types
 FIRST_SAMPLES = 1_000
 BLOCK_SAMPLES = 1_000_000
 IRREGULARITY = 20.0  # long steps (95 %) over short ones (5 %): 58 for random events, near 1 for a camera
 CODE_IRREGULARITY = 3.0  # the same for codes: beyond dropped frames of a camera
+SMOOTH = 0.2  # steps squared over the variance: 2 of values that have nothing to do with each other
 REGULARITY = 1.1  # below this a clock samples; above it a series of BehavioralEvents marks moments
 TYPE_COLUMNS = ("event_type", "ttl_type", "event_name", "event", "type", "label", "annotation")
 NAME_COLUMNS = ("event_name", "name", "label", "type")  # of the table that names the types
@@ -83,9 +85,11 @@ def event_stream(survey: Survey, path: str, name: str, events: Events, modality:
     types = tuple(sorted({names[word] for word in np.unique(events.word[rows])}))
     place = np.array([types.index(item) if item in types else -1 for item in names], np.int32)
     fields = np.full((len(rows), 1, len(EVENT_FIELDS)), np.nan, np.float32)
-    for field, values in enumerate((events.duration_s, events.value)):
+    duration_s = None if events.duration_s is None else events.duration_s * _pace(events.time_s, rows, time_s)
+    for field, values in enumerate((duration_s, events.value)):
         if values is not None:
-            fields[:, 0, field] = np.where(np.isfinite(values[rows]), values[rows], np.nan)
+            fits = np.abs(values[rows]) <= np.finfo(np.float32).max  # False for NaN; what does not fit is missing
+            fields[:, 0, field] = np.where(fits, values[rows], np.nan)
     spec = StreamSpec(
         name=name,
         kind="event",
@@ -106,6 +110,12 @@ def event_stream(survey: Survey, path: str, name: str, events: Events, modality:
     return Draft(stream=stream, first_s=float(time_s[0]), last_s=float(time_s[-1]), time_s=time_s)
 
 
+def _pace(stamps: Any, rows: npt.NDArray[np.int64], time_s: Seconds) -> float:
+    """Seconds of the session in one unit of the stamps: 1, but for milliseconds and for other clocks."""
+    stamp = np.asarray(stamps, np.float64)[rows[[0, -1]]]
+    return float((time_s[-1] - time_s[0]) / (stamp[1] - stamp[0])) if stamp[1] > stamp[0] else 1.0
+
+
 def type_name(label: str) -> str:
     """A label of the file as a type: lower_snake_case, the same in every file; at most 60 characters.
 
@@ -124,7 +134,7 @@ def type_name(label: str) -> str:
 def _of_moments(survey: Survey, node: Node) -> Events | None:
     """A plain TimeSeries that marks moments; None leaves it for others."""
     recipe = survey.recipe
-    if not node.path.startswith(("acquisition/", "processing/")) or survey.matches(node, recipe.not_events):
+    if not node.path.startswith(READ_UNDER) or survey.matches(node, recipe.not_events):
         return None
     group = survey.file[node.path]
     data = get(group, "data")
@@ -134,7 +144,8 @@ def _of_moments(survey: Survey, node: Node) -> Events | None:
     if not named and not (is_dataset(data) and _marks_moments(survey, node, data)):
         return None
     data = dataset(group, "data")
-    time_s, stamps = _times(group, len(data)), _stamps(group, len(data))
+    num_times = data.size if data.shape[0] == 1 else len(data)
+    time_s, stamps = _times(group, num_times), _stamps(group, num_times)
     if data.size != len(time_s):
         found = f"{data.size // max(len(data), 1)} values at each time; an event has one"
         raise PrepError(f"it has {found}. Take it out of the recipe's `events`")
@@ -142,6 +153,9 @@ def _of_moments(survey: Survey, node: Node) -> Events | None:
     if np.allclose(values, time_s, rtol=0, atol=1e-6, equal_nan=True):
         return Events(time_s=stamps, vocabulary=[""], word=np.zeros(len(time_s), np.int64))
     codes, word = _codes(data, values)
+    if not named and _is_smooth(values):
+        message = f"its clock is irregular, so its {len(values):,} values are read as events"
+        survey.note("maybe-signal", node.path, f"{message}. If they sample a signal, list it in `not_events`")
     vocabulary = [f"{snake_case(node.name)}_{code}" if code else "" for code in codes]
     return Events(time_s=stamps, vocabulary=vocabulary, word=word, value=values)
 
@@ -149,9 +163,9 @@ def _of_moments(survey: Survey, node: Node) -> Events | None:
 def _marks_moments(survey: Survey, node: Node, data: Any) -> bool:
     """Whether one number per time marks moments: constant, its own times, in bursts, or edges of a pulse."""
     group = survey.file[node.path]
-    stamps = get(group, "timestamps")
-    if data.dtype.kind not in "fiub" or data.size == 0:
+    if data.dtype.kind not in "fiub" or data.size == 0 or data.ndim == 0:
         return False
+    stamps = stamps_of(group)
     if stamps is None:
         if not data.size == len(data) > 1:
             return False
@@ -159,7 +173,7 @@ def _marks_moments(survey: Survey, node: Node, data: Any) -> bool:
         return _are_times(first, _times(group, len(first)))
     if data.size != len(stamps):
         return False
-    if len(data) == 1:
+    if data.size == 1:
         return True
     time_s = np.asarray(stamps[:BLOCK_SAMPLES], np.float64)
     first = _physical(data, data[:FIRST_SAMPLES].reshape(-1))
@@ -183,6 +197,13 @@ def _are_times(values: Array, time_s: Seconds) -> bool:
 def _alternates(values: Array) -> bool:
     """Whether values are the edges of a pulse: up, down, up, down."""
     return len(values) >= 4 and len(np.unique(values)) == 2 and bool((np.diff(values) != 0).all())
+
+
+def _is_smooth(values: Seconds) -> bool:
+    """Whether many values follow each other as samples of a signal do; those of events need not."""
+    with np.errstate(over="ignore", invalid="ignore"):  # of values that float64 cannot square
+        steps, spread = np.nanmean(np.diff(values) ** 2) if len(values) > 1 else np.inf, np.nanvar(values)
+    return len(np.unique(values)) > MAX_CODES and bool(steps < SMOOTH * spread)
 
 
 def _is_constant(data: Any) -> bool:
@@ -230,14 +251,17 @@ def _of_spans(survey: Survey, node: Node) -> Events:
 def _of_texts(survey: Survey, node: Node) -> Events:
     """AnnotationSeries: one type per distinct text."""
     group = survey.file[node.path]
-    words = [as_text(value).strip() for value in dataset(group, "data")[()].reshape(-1)]
-    vocabulary, word = _distinct(words)
+    data = dataset(group, "data")
+    if data.size != max(data.shape, default=0):
+        raise PrepError(f"its texts are {data.shape}; an event has one")
+    words = [as_text(value).strip() for value in data[()].reshape(-1)]
+    vocabulary, word = distinct(words)
     if len(vocabulary) > MAX_TYPES:
         raise PrepError(f"it has {len(vocabulary):,} distinct texts; more than {MAX_TYPES:,} are no types of events")
     return Events(time_s=_stamps(group, len(words)), vocabulary=vocabulary, word=word)
 
 
-def _distinct(words: Sequence[str]) -> tuple[list[str], npt.NDArray[np.int64]]:
+def distinct(words: Sequence[str]) -> tuple[list[str], npt.NDArray[np.int64]]:
     """Distinct texts, sorted, and the place (N,) of each text among them."""
     vocabulary = sorted(set(words))
     place = {word: i for i, word in enumerate(vocabulary)}
@@ -246,10 +270,9 @@ def _distinct(words: Sequence[str]) -> tuple[list[str], npt.NDArray[np.int64]]:
 
 def _times(group: Any, num_samples: int) -> Seconds:
     """Times (N,) of a series' samples, as the file has them. Raises PrepError."""
-    stamps = get(group, "timestamps")
+    stamps = stamps_of(group)
     if stamps is None:
-        start = dataset(group, "starting_time")
-        return rate_times(float(start[()]), float(start.attrs.get("rate", np.nan)), num_samples)
+        return rate_times(*start_and_rate(group), num_samples)
     if len(stamps) != num_samples:
         raise PrepError(f"it has {num_samples} samples but {len(stamps)} time stamps")
     return np.asarray(stamps[()], np.float64)
@@ -258,13 +281,15 @@ def _times(group: Any, num_samples: int) -> Seconds:
 def _stamps(group: Any, num_samples: int) -> Any:
     """The same, as the dataset that may say their unit, where there is one."""
     time_s = _times(group, num_samples)
-    stamps = get(group, "timestamps")
+    stamps = stamps_of(group)
     return time_s if stamps is None else stamps
 
 
 def _physical(data: Any, values: Array) -> Seconds:
-    scaled: Seconds = values.astype(np.float64) * float(data.attrs.get("conversion", 1.0))
-    return scaled + float(data.attrs.get("offset", 0.0))
+    """Values in the series' unit; a conversion of 0 or that is no number would wipe them out, and is taken as 1."""
+    factor, offset = one_number(data.attrs.get("conversion", 1.0)), one_number(data.attrs.get("offset", 0.0))
+    scaled: Seconds = values.astype(np.float64) * (factor if np.isfinite(factor) and factor else 1.0)
+    return scaled + float(np.nan_to_num(offset))
 
 
 # ---------------------------------------------------------------- ndx-events and core tables of events
@@ -294,7 +319,7 @@ def _of_lists(survey: Survey, node: Node) -> Events:
     flat = dataset(group, "event_times")
     stops = ragged_stops(dataset(group, "event_times_index"), len(flat), "event time")
     labels = texts(group, "label", len(stops)) or [f"{snake_case(node.name)}_{row}" for row in range(len(stops))]
-    vocabulary, place = _distinct([label.strip() for label in labels])
+    vocabulary, place = distinct([label.strip() for label in labels])
     word = np.repeat(place, np.diff(stops, prepend=0))
     time_s = np.asarray(flat[()], np.float64)[: len(word)]
     order = np.argsort(time_s, kind="stable")  # one list after the other is no disorder
@@ -324,7 +349,8 @@ def _types_of_rows(
 ) -> tuple[str, list[str], npt.NDArray[np.int64], tuple[str, ...]]:
     """The column that tells the types apart, the types, the type of each row (N,), and what else was read for them."""
     group = survey.file[node.path]
-    for column in (*TYPE_COLUMNS, *_with_meanings(survey, node)):
+    certain = (*TYPE_COLUMNS, *_with_meanings(survey, node))
+    for column in (*certain, *_words(survey, node)):
         item = get(group, column)
         if not is_dataset(item) or item.shape != (num_rows,):
             continue
@@ -339,8 +365,8 @@ def _types_of_rows(
         if meanings is not None:
             others = tuple(path for path in survey.nodes if f"{path}/".startswith(f"{survey.path_of(meanings)}/"))
             words = words if is_text(item) else _explain(column, words, meanings)
-        vocabulary, word = _distinct(words)
-        if len(vocabulary) <= MAX_TYPES:
+        vocabulary, word = distinct(words)
+        if len(vocabulary) <= (MAX_TYPES if column in certain else min(MAX_CODES, num_rows / 2)):
             return column, vocabulary, word, others
     return "", [""], np.zeros(num_rows, np.int64), ()
 
@@ -366,6 +392,13 @@ def _with_meanings(survey: Survey, node: Node) -> list[str]:
     group = survey.file[node.path]
     columns = [path.rsplit("/", 1)[-1] for path, other in survey.nodes.items() if other.parent == node.path]
     return [column for column in columns if _meanings(survey, group, column) is not None]
+
+
+def _words(survey: Survey, node: Node) -> list[str]:
+    """Columns of words, in the table's own order."""
+    group = survey.file[node.path]
+    columns = [as_text(name) for name in np.ravel(group.attrs.get("colnames", ()))]
+    return [column for column in columns if is_dataset(get(group, column)) and is_text(group[column])]
 
 
 def _meanings(survey: Survey, group: Any, column: str) -> Any:

@@ -4,6 +4,8 @@ In: the path of an .nwb file or an .nwb.zarr folder. Out: objects with h5py's in
 dtype, slices. Readers use the functions here and never h5py's own checks, so that both kinds of file are read alike.
 """
 
+import contextlib
+import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,14 +17,33 @@ import numpy.typing as npt
 from prep.nwb.zarr_file import ZarrDataset, ZarrGroup, open_zarr
 from prep.plan import BrokenObject, PrepError
 
-CHUNK_CACHE_BYTES = 64 * 2**20  # chunks of 10 MiB do not fit HDF5's own 8 MiB
+LARGE_BYTES = 128 * 2**20
+MOST_PACKED = 10_000  # bytes of an array for each one that is stored: no codec packs recordings as tightly
+CHUNK_CACHE_BYTES = 192 * 2**20  # two rows of a dozen chunks of 10 MiB; HDF5 itself keeps 8 MiB
+CHUNK_CACHE_SLOTS = 10_007  # a prime: chunks that share a slot push each other out
+_HELD: dict[Path, Any] = {}
+
+
+@contextlib.contextmanager
+def holding(*paths: Path) -> Iterator[None]:
+    """Keep recordings open while the block runs: all that is read in it shares one cache of decoded chunks.
+
+    Of one thread at a time, as workers are.
+    """
+    with contextlib.ExitStack() as stack:
+        for path in set(paths) - _HELD.keys():
+            _HELD[path] = stack.enter_context(open_file(path))
+            stack.callback(_HELD.pop, path)
+        yield
 
 
 def open_file(path: Path) -> Any:
     """Open a recording for reading; a context manager that gives its root group. Raises OSError if it is damaged."""
+    if path in _HELD:
+        return contextlib.nullcontext(_HELD[path])
     if path.is_dir():
         return open_zarr(path)
-    return h5py.File(path, "r", rdcc_nbytes=CHUNK_CACHE_BYTES)
+    return h5py.File(path, "r", rdcc_nbytes=CHUNK_CACHE_BYTES, rdcc_nslots=CHUNK_CACHE_SLOTS)
 
 
 def is_group(item: Any) -> bool:
@@ -31,8 +52,22 @@ def is_group(item: Any) -> bool:
 
 
 def is_dataset(item: Any) -> bool:
-    """Whether an object is an array."""
-    return isinstance(item, h5py.Dataset | ZarrDataset)
+    """Whether an object is an array that can be read."""
+    return isinstance(item, h5py.Dataset | ZarrDataset) and not hollow(item)
+
+
+def hollow(item: Any) -> str:
+    """Why an array cannot be read: it claims far more values than it has bytes. "" for everything else."""
+    if not isinstance(item, h5py.Dataset | ZarrDataset):
+        return ""
+    num_values = math.prod(item.shape or ())
+    claimed = num_values * item.dtype.itemsize
+    if claimed <= LARGE_BYTES:
+        return ""
+    stored = item.stored_bytes if isinstance(item, ZarrDataset) else item.id.get_storage_size()
+    if claimed <= MOST_PACKED * stored:
+        return ""
+    return f"it claims {num_values:,} values, but only {stored:,} bytes are stored of it. Get the whole recording."
 
 
 def is_text(data: Any) -> bool:
@@ -136,6 +171,8 @@ def get(group: Any, path: str) -> Any:
 def dataset(group: Any, path: str) -> Any:
     """A dataset by path; PrepError names it when it is missing."""
     item = get(group, path)
+    if hollow(item):
+        raise BrokenObject(f"`{path}`: {hollow(item)}")
     if not is_dataset(item):
         raise PrepError(f"it has no readable `{path}`")
     return item
@@ -143,8 +180,10 @@ def dataset(group: Any, path: str) -> Any:
 
 def ragged_stops(index: Any, num_values: int, what: str, remedy: str = "Write the file again.") -> Any:
     """End of each row's values (N,) of a ragged column, from its VectorIndex; BrokenObject where it does not fit."""
-    stops: npt.NDArray[np.int64] = index[()].astype(np.int64)
     name = str(index.name).rsplit("/", 1)[-1]
+    if not is_dataset(index) or index.dtype.kind not in "iu":
+        raise BrokenObject(f"{name} holds no whole numbers, so which {what} is whose cannot be told. {remedy}")
+    stops: npt.NDArray[np.int64] = index[()].astype(np.int64)
     if len(stops) and (np.diff(stops, prepend=0) < 0).any():
         raise BrokenObject(f"{name} goes backwards. Was an index overwritten? {remedy}")
     if len(stops) and stops[-1] > num_values:

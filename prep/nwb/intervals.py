@@ -10,11 +10,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from prep.nwb.clocks import map_times
+from prep.nwb.clocks import map_times, table_in_seconds
 from prep.nwb.file import as_text, enum_words, follow, get, is_dataset, is_text, neurodata_type, ragged_stops
 from prep.nwb.inventory import Node, Survey, snake_case
-from prep.plan import IntervalTable, PrepError
-from prep.settings import NO_TIME, to_ns
+from prep.plan import BrokenObject, IntervalTable, PrepError
+from prep.settings import FARTHEST_S, NO_TIME, to_ns
 from prep.store import sanitise
 
 Array = npt.NDArray[Any]
@@ -66,6 +66,9 @@ def table_times(group: Any) -> tuple[Array, Array]:
         raise PrepError("it has no start_time and stop_time for each row")
     if len(start) == 0:
         raise PrepError("it has no rows")
+    for name, column in (("start_time", start), ("stop_time", stop)):
+        if column is not None and column.dtype.kind not in "fiu":
+            raise BrokenObject(f"its {name} is {column.dtype}, expected seconds as numbers. Write it again.")
     start_s = np.asarray(start[()], np.float64)
     return start_s, np.full_like(start_s, np.nan) if stop is None else np.asarray(stop[()], np.float64)
 
@@ -78,6 +81,7 @@ def columns_of(survey: Survey, node: Node) -> Iterator[Node]:
 def _table(survey: Survey, node: Node, name: str) -> IntervalTable:
     group = survey.file[node.path]
     start_s, stop_s = table_times(group)
+    divisor = table_in_seconds(survey, node.path, start_s, group["start_time"])
     columns: dict[str, Array | list[str]] = {}
     for child in columns_of(survey, node):
         used_before, reason = survey.found.get(child.path, ("", ""))
@@ -89,18 +93,22 @@ def _table(survey: Survey, node: Node, name: str) -> IntervalTable:
             continue
         with survey.reading(child):
             values = _column(survey, child, group, len(start_s))
+            if isinstance(values, np.ndarray) and child.path in survey.also:
+                values = values / divisor  # times, like the rows' own
             if values is not None:
                 safe = sanitise(child.name)
                 columns[safe if safe not in columns else f"{safe}_{len(columns)}"] = values
             survey.use(child.path, used_as, reason)
     return IntervalTable(
-        start_ns=_nanoseconds(survey, node, start_s), stop_ns=_nanoseconds(survey, node, stop_s), columns=columns
+        start_ns=_nanoseconds(survey, node, start_s / divisor),
+        stop_ns=_nanoseconds(survey, node, stop_s / divisor),
+        columns=columns,
     )
 
 
 def _nanoseconds(survey: Survey, node: Node, time_s: Array) -> npt.NDArray[np.int64]:
     """Nanoseconds (N,) on the session's clock; NO_TIME where the file gives none."""
-    given = np.isfinite(time_s)
+    given = np.abs(time_s) < FARTHEST_S  # False for NaN
     result = np.full(len(time_s), NO_TIME, np.int64)
     result[given] = to_ns(map_times(survey, node.path, time_s[given]))
     return result

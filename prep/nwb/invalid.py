@@ -3,14 +3,17 @@
 In: drafts of streams, and the interval tables. Out: the same drafts, whose readers leave out what is invalid.
 """
 
+import itertools
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from prep.nwb.inventory import Draft
-from prep.plan import IntervalTable, PlannedStream, TokenReader
+from prep.plan import IntervalTable, PlannedStream, SequentialReader, TokenReader
 from prep.settings import NO_TIME
 from prep.store import FILLS
 
@@ -34,7 +37,9 @@ class ValidTokens:
 
     def read(self, start: int, stop: int) -> npt.NDArray[Any]:
         """Values of tokens [start, stop) as (stop - start, S, P)."""
-        values = self.reader.read(start, stop)
+        return self._valid(start, stop, self.reader.read(start, stop))
+
+    def _valid(self, start: int, stop: int, values: npt.NDArray[Any]) -> npt.NDArray[Any]:
         begin, end = np.searchsorted(self.token, [start, stop])
         if begin == end:
             return values
@@ -44,6 +49,24 @@ class ValidTokens:
         rows = self.token[begin:end] - start
         values[rows] = np.where(touches(time_ns, self.lasts_ns, self.spans), self.fill, values[rows])
         return values
+
+
+@dataclass(frozen=True, kw_only=True)
+class ValidSequence(ValidTokens):
+    """The same of a reader that reads its recording once (SequentialReader)."""
+
+    @property
+    def is_divisible(self) -> bool:
+        """As the reader's own."""
+        assert isinstance(self.reader, SequentialReader)
+        return self.reader.is_divisible
+
+    def read_once(self, edges: Sequence[int], scratch: Path) -> Iterator[npt.NDArray[Any]]:
+        """Values of tokens [edges[i], edges[i + 1]) in turn."""
+        assert isinstance(self.reader, SequentialReader)
+        pieces = zip(itertools.pairwise(edges), self.reader.read_once(edges, scratch), strict=True)
+        for (start, stop), values in pieces:
+            yield self._valid(start, stop, values)
 
 
 def with_invalid(drafts: list[Draft], intervals: dict[str, IntervalTable]) -> list[Draft]:
@@ -97,7 +120,8 @@ def _valid(stream: PlannedStream, spans: Index, is_binned: bool) -> PlannedStrea
     token = np.flatnonzero(touches(stream.start_ns + int(offset_ns.min()), reach_ns, spans))
     if len(token) == 0:
         return stream
-    reader = ValidTokens(
+    kind = ValidSequence if isinstance(stream.reader, SequentialReader) else ValidTokens
+    reader = kind(
         reader=stream.reader,
         token=token,
         start_ns=stream.start_ns[token],

@@ -7,7 +7,9 @@ import contextlib
 import fnmatch
 import hashlib
 import re
-from collections.abc import Iterator
+import unicodedata
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,13 +17,16 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from prep.nwb.file import address, is_group, links, neurodata_type, text_at
+from prep.nwb.file import address, hollow, is_group, links, neurodata_type, text_at
 from prep.plan import BrokenObject, Finding, Found, PlannedStimulus, PlannedStream, PrepError, Units
 from prep.recipe import Recipe
 from prep.store import sanitise
 
 COLUMN_TYPES = ("VectorData", "VectorIndex", "ElementIdentifiers", "DynamicTableRegion", "EnumData")
-UNREADABLE = (OSError, RuntimeError, KeyError, IndexError, TypeError, ValueError)  # of a damaged or odd object
+# What reading a damaged or odd object may end in.
+UNREADABLE = (
+    OSError, RuntimeError, KeyError, IndexError, TypeError, ValueError, AttributeError, ArithmeticError, MemoryError
+)  # fmt: skip
 
 # Why an object that no reader took was left out, in a physiologist's words.
 REASONS = {
@@ -49,7 +54,7 @@ REASONS = {
     "RGBImage": "a picture that no stimulus series shows",
     "RGBAImage": "a picture that no stimulus series shows",
     "Image": "a picture that no stimulus series shows",
-    "DynamicTable": "a table without a column of times",
+    "DynamicTable": "a table without a column of times that rise from row to row",
 }
 INTRACELLULAR = re.compile(r"((Voltage|Current)Clamp(Stimulus)?|IZeroClamp|PatchClamp)Series|Sweep|Intracellular")
 
@@ -98,9 +103,9 @@ class Survey:
     findings: list[Finding] = field(default_factory=list)
     names: set[str] = field(default_factory=lambda: {"spikes"})
     also: dict[str, str] = field(default_factory=dict)  # object: a stream made of it beside what it is used as
-    clock_maps: dict[str, Any] = field(
-        default_factory=dict
-    )  # pattern: map of times from another clock to the session's
+    clock_maps: dict[str, Any] = field(default_factory=dict)  # pattern: map of another clock's times to the session's
+    addresses: dict[Any, str] = field(default_factory=dict)  # of each object: its path
+    spans: list[Any] | None = None  # of the file's clocks, once they are looked at (prep.nwb.clocks)
 
     def of_type(self, *types: str) -> Iterator[Node]:
         """Objects of these types that are not yet accounted for, in order of path."""
@@ -146,14 +151,11 @@ class Survey:
 
     def matches(self, node: Node, patterns: tuple[str, ...]) -> bool:
         """Whether a recipe's list names this object, by path or by own name; * and ? match as in a shell."""
-        stripped = (item.strip("/") for item in patterns)
-        return any(fnmatch.fnmatchcase(text, item) for item in stripped for text in (node.path, node.name))
+        return any(is_named(text, item.strip("/")) for item in patterns for text in (node.path, node.name))
 
     def path_of(self, item: Any) -> str:
         """Path of an object that was reached by a link: h5py's own name is then the link's."""
-        kind = neurodata_type(item)
-        same_type = (node.path for node in self.nodes.values() if node.neurodata_type == kind)
-        return next((path for path in same_type if self.file[path] == item), str(item.name).strip("/"))
+        return self.addresses.get(address(item)) or str(item.name).strip("/")
 
     def stream_name(self, node: Node) -> str:
         """A name for the object's stream, unique in the session: own name, container's name before it, digest after it.
@@ -164,7 +166,8 @@ class Survey:
         given = own.get(node.path, own.get(node.name))
         container = node.path.split("/")[-2] if "/" in node.path else ""
         long_name = snake_case(f"{container}_{node.name}")
-        choices = [sanitise(given)] if given else [snake_case(node.name)] if len(node.name) > 2 else []
+        own_name = snake_case(node.name)
+        choices = [sanitise(given)] if given else [own_name] if len(node.name) > 2 and own_name != "unnamed" else []
         digest = hashlib.sha256(node.path.encode()).hexdigest()[:6]
         name = next(name for name in [*choices, long_name, f"{long_name}_{digest}"] if name not in self.names)
         self.names.add(name)
@@ -201,7 +204,7 @@ class Survey:
 
 def survey(path: Path, file: Any, recipe: Recipe, dataset_id: str) -> Survey:
     """Walk the file; objects that the recipe excludes are accounted for at once."""
-    nodes, broken = walk(file)
+    nodes, broken, addresses = walk(file)
     result = Survey(
         path=path,
         file=file,
@@ -209,14 +212,18 @@ def survey(path: Path, file: Any, recipe: Recipe, dataset_id: str) -> Survey:
         dataset_id=dataset_id,
         session_id=named(text_at(file, "general/session_id"), path),
         nodes={node.path: node for node in nodes},
+        addresses=addresses,
     )
-    for link_path, reason in broken.items():
-        result.nodes[link_path] = Node(path=link_path, neurodata_type="link", is_group=False, parent="/")
-        result.skip(link_path, reason)
+    for broken_path, reason in broken.items():
+        if broken_path in result.nodes:
+            result.refuse(broken_path, reason)
+            continue
+        result.nodes[broken_path] = Node(path=broken_path, neurodata_type="link", is_group=False, parent="/")
+        result.skip(broken_path, reason)
     for node in result.nodes.values():
         parts = node.path.split("/")
         above = ["/".join(parts[: i + 1]) for i in range(len(parts))]
-        if any(fnmatch.fnmatchcase(part, item.strip("/")) for part in above for item in recipe.exclude):
+        if any(is_named(part, item.strip("/")) for part in above for item in recipe.exclude):
             result.skip(node.path, "excluded by the recipe")
     return result
 
@@ -231,11 +238,16 @@ def stem(path: Path) -> str:
     return path.name.removesuffix(".zarr").removesuffix(".nwb")
 
 
-def walk(file: Any) -> tuple[list[Node], dict[str, str]]:
-    """Every typed object once, by the first path that leads to it; and the links that lead nowhere."""
+def is_named(text: str, pattern: str) -> bool:
+    """Whether a pattern of a recipe means this text: as it stands (a name may have brackets), or as in a shell."""
+    return text == pattern or fnmatch.fnmatchcase(text, pattern)
+
+
+def walk(file: Any) -> tuple[list[Node], dict[str, str], dict[Any, str]]:
+    """Every typed object once, by the first path that leads to it; links and arrays of nothing; paths by address."""
     nodes = [Node(path="/", neurodata_type=neurodata_type(file), is_group=True, parent="/")]
     broken: dict[str, str] = {}
-    seen = {address(file)}
+    seen = {address(file): "/"}
     pending = [(file["/"], "", "/")]
     while pending:
         group, prefix, parent = pending.pop()
@@ -248,14 +260,17 @@ def walk(file: Any) -> tuple[list[Node], dict[str, str]]:
                 continue
             if address(item) in seen:
                 continue
-            seen.add(address(item))
+            seen[address(item)] = path
             kind, holder = neurodata_type(item), parent
-            if kind:
-                nodes.append(Node(path=path, neurodata_type=kind, is_group=is_group(item), parent=parent))
+            why = hollow(item)
+            if why:
+                broken[path] = why
+            if kind or why:
+                nodes.append(Node(path=path, neurodata_type=kind or "array", is_group=is_group(item), parent=parent))
                 holder = path
             if is_group(item):
                 pending.append((item, f"{path}/", holder))
-    return sorted(nodes, key=lambda node: "" if node.path == "/" else node.path), broken
+    return sorted(nodes, key=lambda node: "" if node.path == "/" else node.path), broken, seen
 
 
 def one_line(error: BaseException) -> str:
@@ -263,7 +278,14 @@ def one_line(error: BaseException) -> str:
     return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
 
 
+def unique_names(names: Sequence[str], rows: Sequence[int]) -> list[str]:
+    """Names of rows of a table, with the row behind those that occur twice."""
+    count = Counter(names)
+    return [f"{name}-{row}" if count[name] > 1 else name for name, row in zip(names, rows, strict=True)]
+
+
 def snake_case(name: str) -> str:
-    """lower_snake_case: RoiResponseSeries -> roi_response_series."""
-    spaced = re.sub(r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])", "_", name)
+    """lower_snake_case: RoiResponseSeries -> roi_response_series; letters lose their accents."""
+    plain = "".join(letter for letter in unicodedata.normalize("NFKD", name) if not unicodedata.combining(letter))
+    spaced = re.sub(r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])", "_", plain)
     return sanitise(re.sub(r"[^a-z0-9]+", "_", spaced.lower()).strip("_"))

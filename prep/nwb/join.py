@@ -275,7 +275,7 @@ class Joining:
             ((start_ns, stop_ns, _),) = part.plan.splits if part.plan else ()
             first_s, last_s = (start_ns + part.shift_ns) / 1e9, (stop_ns + part.shift_ns) / 1e9
             drafts.insert(0, replace(owned.draft, first_s=first_s, last_s=last_s))
-            splits = replace(splits, reference=None)
+            splits = replace(splits, reference=owned.draft.stream.spec.name)
         timeline = Timeline(
             dataset_id=self.dataset_id,
             session_id=self.session_id,
@@ -292,7 +292,8 @@ class Joining:
         return blocks
 
     def _reference(self) -> Owned | None:
-        """The stream whose time is split: the recipe's, else the first activity of any file, else the first stream.
+        """The stream whose time is split: the recipe's, else the first activity of any file, else the first file's
+        longest stream.
 
         None where the recipe names one that no file has, or a file whose splits are not one block.
         """
@@ -305,6 +306,8 @@ class Joining:
                 mine = [o for o in mine if named in (o.name, o.draft.stream.spec.name, o.draft.stream.spec.origin)]
             elif mine and mine[0].name != plan.streams[0].spec.name:
                 mine = []  # its first stream is an earlier file's too
+            elif mine and mine[0].draft.units is None:
+                mine = [max(mine, key=lambda owned: owned.draft.last_s - owned.draft.first_s)]
             heads += mine[:1] if len(plan.splits) == 1 else []
         activity = [owned for owned in heads if owned.draft.stream.spec.modality in ACTIVITY]
         return next(iter([*activity, *heads] if wanted is None else heads), None)

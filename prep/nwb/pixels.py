@@ -4,6 +4,7 @@ In: datasets of frames or pictures under /stimulus. Out: planned stimuli, and fo
 """
 
 import hashlib
+import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -13,7 +14,7 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from prep.nwb.file import dataset, is_dataset, open_file
+from prep.nwb.file import dataset, holding, is_dataset, open_file
 from prep.plan import PlannedStimulus, PrepError
 
 Index = npt.NDArray[np.int64]
@@ -188,6 +189,17 @@ class DistinctFrames:
     source: npt.NDArray[np.int32]  # (F,) where each stored frame lies
     frame: Index  # (F,) its number there
 
+    @property
+    def is_divisible(self) -> bool:
+        """Frames lie one after the other."""
+        return True
+
+    def read_once(self, edges: Sequence[int], scratch: Path) -> Iterator[Pixels]:
+        """Frames [edges[i], edges[i + 1]) in turn; a chunk of a file that two of them share is decoded once."""
+        with holding(*(source.path for source in self.sources if isinstance(source, FileFrames))):
+            for start, stop in itertools.pairwise(edges):
+                yield self.read(start, stop)
+
     def read(self, start: int, stop: int) -> Pixels:
         """Frames [start, stop) as (stop - start, H, W[, 3])."""
         numbers, frames = self.source[start:stop], self.frame[start:stop]
@@ -229,6 +241,21 @@ def store_frames(sources: Sequence[FrameSource]) -> Stored:
     first = np.cumsum([0, *(source.shape[0] for source in sources)]).astype(np.int64)
     screen, index = np.zeros(first[-1], np.int32), np.zeros(first[-1], np.int32)
     sizes: dict[tuple[int, ...], _Size] = {}
+    paths = [source.path for source in sources if isinstance(source, FileFrames)]
+    with holding(*paths):
+        _look(sources, first, screen, index, sizes)
+    stimuli = tuple(_planned(tuple(sources), shape, size) for shape, size in sizes.items())
+    return Stored(stimuli=stimuli, first=first, screen=screen, index=index)
+
+
+def _look(
+    sources: Sequence[FrameSource],
+    first: Index,
+    screen: npt.NDArray[np.int32],
+    index: npt.NDArray[np.int32],
+    sizes: dict[tuple[int, ...], _Size],
+) -> None:
+    """Fill in which stimulus each frame is in, and its place there."""
     for number, source in enumerate(sources):
         size = sizes.setdefault(tuple(source.shape[1:]), _Size())
         screen[first[number] : first[number + 1]] = list(sizes).index(tuple(source.shape[1:]))
@@ -240,8 +267,6 @@ def store_frames(sources: Sequence[FrameSource]) -> Stored:
                     size.source.append(number)
                     size.frame.append(frame)
                 index[first[number] + frame] = size.places[digest]
-    stimuli = tuple(_planned(tuple(sources), shape, size) for shape, size in sizes.items())
-    return Stored(stimuli=stimuli, first=first, screen=screen, index=index)
 
 
 def _planned(sources: tuple[FrameSource, ...], size: tuple[int, ...], known: _Size) -> PlannedStimulus:

@@ -44,7 +44,8 @@ def _with_confidence(survey: Survey, node: Node, points: Series) -> Series:
     """The key point with the tracker's confidence as its last column, where there is one for each sample."""
     confidence: Any = get(survey.file, f"{node.path}/confidence")
     num_samples = points.data.size // points.num_columns
-    if not is_dataset(confidence) or confidence.shape != (num_samples,) or confidence.dtype.kind not in "fiub":
+    shapes = ((num_samples,), (num_samples, 1))
+    if not is_dataset(confidence) or confidence.shape not in shapes or confidence.dtype.kind not in "fiub":
         return points
     return replace(
         points,

@@ -18,7 +18,7 @@ from prep.nwb.events import read_events
 from prep.nwb.file import as_text, open_file, text_at
 from prep.nwb.intervals import read_intervals
 from prep.nwb.invalid import with_invalid
-from prep.nwb.inventory import COLUMN_TYPES, INTRACELLULAR, Draft, Survey, one_line, survey
+from prep.nwb.inventory import COLUMN_TYPES, INTRACELLULAR, UNREADABLE, Draft, Survey, one_line, survey
 from prep.nwb.lfp import read_lfp
 from prep.nwb.pose import read_pose
 from prep.nwb.session_audit import audit_session
@@ -69,7 +69,9 @@ def plan_session(path: Path, recipe: Recipe, dataset_id: str) -> SessionPlan:
             session = survey(path, file, recipe, dataset_id)
             _refuse_by_version(session)
             return _plan(session)
-    except (OSError, RuntimeError) as error:  # of a damaged file
+    except PrepError:
+        raise
+    except UNREADABLE as error:
         raise PrepError(f"the file is damaged or not complete ({one_line(error)}). Get it again.") from error
 
 

@@ -22,7 +22,13 @@ from prep.sync import ClockMap, is_constant, match_clocks
 Seconds = npt.NDArray[np.float64]
 
 BLOCK_ROWS = 100_000
-MAX_VALUES = 50_000_000  # of one stream that are looked at; of longer ones, blocks at even distances
+MAX_VALUES = 2_000_000  # of one stream that are looked at
+FEWEST_TOKENS = 40  # of each stretch in which signals are compared
+NUM_STRETCHES = 3
+MOST_CHANNELS = 64
+FEWEST_VALUES = 20  # different ones: flags that agree prove nothing
+SAME_SAMPLES = 1e-4  # of a standard deviation: two signals that differ by less, all along, are one
+ONE_TELLS = "Where one is hidden and the other shown, one tells the other; leave one out by the recipe's `exclude`"
 MIN_EVENTS = 10
 MAX_EVENTS = 200_000
 MAX_TRAINS = 20
@@ -62,6 +68,8 @@ def audit_session(survey: Survey, drafts: list[Draft]) -> None:
             _audit_spikes(survey, draft, spans)
         if draft.stream.spec.kind == "trace":
             _audit_samples(survey, draft)
+    survey.findings.extend(_same_events(list(_trains(survey, drafts))))
+    survey.findings.extend(_same_samples([draft for draft in drafts if draft.stream.spec.modality == "behavior"]))
     _audit_pulses(survey, drafts)
 
 
@@ -100,15 +108,92 @@ def _audit_samples(survey: Survey, draft: Draft) -> None:
     data: Any = get(survey.file, f"{origin}/data") if origin else None
     if not is_dataset(data) or data.dtype.kind != "f" or data.ndim not in (1, 2) or data.size == 0:
         return
-    rows = max(1, BLOCK_ROWS // (data.shape[1] if data.ndim == 2 else 1))
-    begins = list(range(0, len(data), rows))
-    stride = max(1, data.size // MAX_VALUES)
     num_missing = num_samples = 0
-    for begin in begins[::stride]:
-        block = data[begin : begin + rows]
+    for place in _looked_at(data):
+        block = data[place]
         num_missing += int((~np.isfinite(block)).sum())
         num_samples += block.size
-    survey.findings.extend(missing_finding(origin, num_missing, num_samples, stride == 1))
+    survey.findings.extend(missing_finding(origin, num_missing, num_samples, num_samples == data.size))
+
+
+def _looked_at(data: Any) -> Iterator[tuple[slice, ...]]:
+    """All of a small dataset; of a large one whole chunks at even distances: half a chunk costs as much as a whole."""
+    if data.size <= MAX_VALUES:
+        yield (slice(None),)
+        return
+    edges = data.chunks or (BLOCK_ROWS, *data.shape[1:])
+    grid = [-(-size // edge) for size, edge in zip(data.shape, edges, strict=True)]
+    num_chunks = max(1, min(int(np.prod(grid)), MAX_VALUES // int(np.prod(edges))))
+    for number in np.unique(np.linspace(0, np.prod(grid) - 1, num_chunks).astype(np.int64)):
+        index = np.unravel_index(number, grid)
+        yield tuple(slice(int(i) * edge, (int(i) + 1) * edge) for i, edge in zip(index, edges, strict=True))
+
+
+# ---------------------------------------------------------------- the same numbers twice
+
+
+def _same_events(trains: list[Train]) -> Iterator[Finding]:
+    """Trains of events of different objects with the same times: a cue of its own, and as a column of the trials."""
+    first: dict[bytes, Train] = {}
+    for train in sorted(trains, key=lambda item: item.path):
+        other = first.setdefault(train.time_s.tobytes(), train)
+        if other.table != train.table:
+            message = f"its {len(train.time_s):,} events have the times of {other.path}. {ONE_TELLS}"
+            yield finding("same-data", train.path, message, num_same=float(len(train.time_s)))
+
+
+def _same_samples(drafts: list[Draft]) -> Iterator[Finding]:
+    """Channels of different streams on one clock that are one signal, perhaps in two units: compared in stretches."""
+    on_clock: dict[tuple[int, ...], list[Draft]] = {}
+    for draft in drafts:
+        spec, start_ns = draft.stream.spec, draft.stream.start_ns
+        if spec.kind == "trace" and spec.num_tokens >= FEWEST_TOKENS and spec.num_sources <= MOST_CHANNELS:
+            clock = (spec.num_tokens, spec.samples_per_token, int(start_ns[0]), int(start_ns[-1]))
+            on_clock.setdefault(clock, []).append(draft)
+    for members in on_clock.values():
+        if len(members) > 1:
+            yield from _alike(members)
+
+
+def _alike(members: list[Draft]) -> Iterator[Finding]:
+    """The findings among streams on one clock, one for each stream that repeats an earlier one.
+
+    Signals that are one are alike in their first sample, too: so only few pairs have to be compared.
+    """
+    channels = [(number, name, values) for number, draft in enumerate(members) for name, values in _normal(draft)]
+    channels.sort(key=lambda channel: (float(np.abs(channel[2][0])), channel[0]))
+    found: dict[int, tuple[int, str, str]] = {}
+    for place, (number, name, values) in enumerate(channels):
+        for other, other_name, theirs in channels[place + 1 :]:
+            if np.abs(theirs[0]) - np.abs(values[0]) > SAME_SAMPLES:
+                break
+            if other != number and _is_one(values, theirs):
+                pair = (number, name, other_name) if number < other else (other, other_name, name)
+                later = max(number, other)
+                found[later] = min(found.get(later, pair), pair)
+    for later, (earlier, earlier_name, name) in sorted(found.items()):
+        spec = members[earlier].stream.spec
+        message = f"{name} is {earlier_name} of {spec.origin}, but for its unit. {ONE_TELLS}"
+        yield finding("same-data", members[later].stream.spec.origin, message)
+
+
+def _is_one(values: Seconds, theirs: Seconds) -> bool:
+    """Whether two signals differ by a factor, which may be negative, and an offset alone."""
+    if values.shape != theirs.shape:
+        return False
+    return any(bool((np.abs(values - sign * theirs) < SAME_SAMPLES).all()) for sign in (1, -1))
+
+
+def _normal(draft: Draft) -> Iterator[tuple[str, Seconds]]:
+    """Each channel's values in some stretches (n,), less their mean and over their deviation; constant ones aside."""
+    spec = draft.stream.spec
+    begins = np.linspace(0, spec.num_tokens - FEWEST_TOKENS, NUM_STRETCHES).astype(np.int64).tolist()
+    parts = [draft.stream.reader.read(begin, begin + FEWEST_TOKENS) for begin in begins]
+    samples = np.concatenate(parts).transpose(1, 0, 2).reshape(spec.num_sources, -1).astype(np.float64)
+    for name, values in zip(spec.channels, samples, strict=True):
+        given = values[np.isfinite(values)]
+        if len(np.unique(given)) >= FEWEST_VALUES:
+            yield name, (given - given.mean()) / given.std()
 
 
 # ---------------------------------------------------------------- pulses
@@ -145,7 +230,7 @@ def _trains(survey: Survey, drafts: list[Draft]) -> Iterator[Train]:
             seen.add(spec.origin)
             types = draft.stream.types if draft.stream.types is not None else np.zeros(len(draft.time_s), np.int32)
             for number in np.unique(types):
-                name = spec.types[number] if len(spec.types) > 1 else ""
+                name = spec.types[number] if spec.types and spec.types[number] != spec.name else ""
                 path = f"{spec.origin}/{name}" if name else spec.origin
                 table = _table(survey, spec.origin)
                 yield from _long_enough(path, np.unique(draft.time_s[types == number]), table)

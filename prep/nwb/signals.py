@@ -14,6 +14,7 @@ import numpy as np
 from prep.nwb.file import dataset, follow, get, is_dataset, texts
 from prep.nwb.inventory import Draft, Node, Survey
 from prep.nwb.series import read_series, refuse_layout, scaling, scan, trace_stream
+from prep.nwb.traces import rank
 from prep.plan import PrepError, Units
 from prep.recipe import Signals
 from prep.store import sanitise
@@ -26,16 +27,25 @@ NUMBER = re.compile(r"\d+")
 
 
 def read_fibers(survey: Survey) -> list[Draft]:
-    """Plan one stream for each response series of optical fibres (ndx-fiber-photometry)."""
+    """Plan one stream for each response series of optical fibres (ndx-fiber-photometry).
+
+    Of several series of one fibre (as measured, dF/F) one is read, by the rule for imaging ROIs: else a fibre that is
+    hidden would be seen in the other.
+    """
     drafts = []
-    for node in list(survey.of_type("FiberPhotometryResponseSeries")):
+    taken: dict[int, str] = {}  # row of the photometry table: the series that it is read from
+    nodes = list(survey.of_type("FiberPhotometryResponseSeries"))
+    for node in sorted(nodes, key=lambda node: (rank(survey, node), node.path)):
         with survey.reading(node):
-            drafts.append(_plan_fibers(survey, node))
-    return drafts
+            drafts.append(_plan_fibers(survey, node, taken))
+    return sorted(drafts, key=lambda draft: draft.stream.spec.origin)
 
 
-def _plan_fibers(survey: Survey, node: Node) -> Draft:
+def _plan_fibers(survey: Survey, node: Node, taken: dict[int, str]) -> Draft:
     rows, regions = _fibers(survey, node)
+    shared = next((taken[row] for row in rows if row in taken), None)
+    if shared is not None:
+        raise PrepError(f"some of its fibres are in {shared}, which is read")
     series = read_series(survey, node, len(rows) or None)
     if rows and len(rows) != series.num_columns:
         raise PrepError(f"it has {series.num_columns} columns but {len(rows)} rows of the photometry table")
@@ -52,6 +62,7 @@ def _plan_fibers(survey: Survey, node: Node) -> Draft:
     )
     draft = trace_stream(survey, series, name, "traces", units=units)
     survey.use(node.path, name, "time is the second axis in the file" if series.transposed else "")
+    taken |= dict.fromkeys(rows, node.path)
     return draft
 
 

@@ -3,10 +3,12 @@
 In: the datasets spike_times and spike_times_index. Out: SpikeTimes, SpikeReader, and the findings of the audit.
 """
 
-from collections.abc import Iterator
+import contextlib
+import itertools
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import numpy.typing as npt
@@ -14,9 +16,9 @@ import numpy.typing as npt
 from prep.nwb.file import get, is_dataset, open_file
 from prep.nwb.inventory import UNREADABLE, Survey
 from prep.plan import BrokenObject, PrepError
-from prep.settings import to_ns
+from prep.settings import BIN_NS, to_ns
 from prep.sync import ClockMap
-from prep.tokens import CountTokens, Observed, num_saturated
+from prep.tokens import BINS_PER_TOKEN, CountTokens, Observed, num_saturated
 
 Seconds = npt.NDArray[np.float64]
 Index = npt.NDArray[np.int64]
@@ -100,6 +102,46 @@ class SpikeReader:
         with open_file(self.times.path) as file:
             for time_s, unit in self.times.blocks(file):
                 tokens.add(to_ns(time_s), unit)
+        return self._seen(tokens, first_token)
+
+    @property
+    def is_divisible(self) -> bool:
+        """Spikes lie unit by unit: any piece needs all of them."""
+        return False
+
+    def read_once(self, edges: Sequence[int], scratch: Path) -> Iterator[npt.NDArray[np.uint8]]:
+        """Counts of tokens [edges[i], edges[i + 1]) in turn; spikes of later pieces wait in files, 4 bytes each."""
+        pieces = list(itertools.pairwise(edges))
+        if len(pieces) == 1:
+            yield self.read(*pieces[0])
+            return
+        scratch.mkdir(parents=True, exist_ok=True)
+        with contextlib.ExitStack() as stack:
+            files = [stack.enter_context(open(scratch / str(number), "wb")) for number in range(len(pieces))]
+            recording = stack.enter_context(open_file(self.times.path))
+            for time_s, unit in self.times.blocks(recording):
+                self._spill(to_ns(time_s), unit, np.asarray(edges), files)
+        for number, (start, stop) in enumerate(pieces):
+            tokens = CountTokens(self.first_token + start, stop - start, self.times.num_units)
+            tokens.add_places(np.fromfile(scratch / str(number), np.uint32))
+            (scratch / str(number)).unlink()
+            yield self._seen(tokens, self.first_token + start)
+
+    def _spill(self, time_ns: Index, unit: Index, edges: Index, files: Sequence[BinaryIO]) -> None:
+        """Append the places of spikes (n,) of units (n,) in their pieces to the files of these."""
+        bins = time_ns // BIN_NS - self.first_token * BINS_PER_TOKEN
+        borders = edges * BINS_PER_TOKEN
+        piece = np.searchsorted(borders, bins, side="right") - 1
+        inside = (piece >= 0) & (piece < len(files))
+        own = np.where(inside, piece, 0)
+        place = unit * np.diff(borders)[own] + bins - borders[own]
+        order = np.argsort(np.where(inside, piece, len(files)).astype(np.uint16), kind="stable")  # a radix sort
+        bounds = np.searchsorted(piece[order][: int(inside.sum())], np.arange(len(files) + 1))
+        ordered = place[order].astype(np.uint32)
+        for file, (first, stop) in zip(files, itertools.pairwise(bounds.tolist()), strict=True):
+            file.write(ordered[first:stop].tobytes())
+
+    def _seen(self, tokens: CountTokens, first_token: int) -> npt.NDArray[np.uint8]:
         values = tokens.values()
         if self.observed is not None:
             self.observed.hide(values, first_token)
@@ -178,7 +220,7 @@ class _Tally:
         self.count[units] += np.diff(np.append(starts, len(unit)))
         self.first[units] = np.minimum(self.first[units], np.minimum.reduceat(time_s, starts))
         self.last[units] = np.maximum(self.last[units], np.maximum.reduceat(time_s, starts))
-        self.sample.append(time_s[::stride])
+        self.sample.append(time_s[::stride].copy())  # a view would keep the whole block
 
     @property
     def intervals_s(self) -> Seconds:

@@ -79,9 +79,9 @@ def cut(timeline: Timeline, splits: Splits) -> tuple[Blocks, list[tuple[str, str
 
 
 def _reference(drafts: Sequence[Draft], splits: Splits) -> Draft:
-    """The stream whose time is split: the recipe's, else spikes, else the first traces, else the first stream."""
+    """The stream whose time is split: the recipe's, else spikes, else the first traces, else the longest stream."""
     if splits.reference is None:
-        return drafts[0]
+        return drafts[0] if drafts[0].units is not None else max(drafts, key=lambda draft: draft.last_s - draft.first_s)
     wanted = splits.reference.strip("/")
     for draft in drafts:
         if wanted in (draft.stream.spec.name, draft.stream.spec.origin):

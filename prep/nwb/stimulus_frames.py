@@ -64,6 +64,7 @@ class Library:
     pictures: dict[str, Node] = field(default_factory=dict)  # by plain name: pictures in Images
     opened: dict[str, Screenplay] = field(default_factory=dict)
     looked_up: dict[str, Found | None] = field(default_factory=dict)
+    orders: dict[str, dict[str, int]] = field(default_factory=dict)  # container of pictures: place of each, by path
 
     def find(self, names: tuple[str, ...]) -> Found | None:
         """The pixels of a row by its names, the most special first; None where there are none. Raises PrepError."""
@@ -84,7 +85,10 @@ class Library:
         if picture is None:
             return None
         container = self.survey.nodes[picture.parent]
-        return self._open(container), _pictures(self.survey, container).index(picture.path)
+        if container.path not in self.orders:
+            paths = _pictures(self.survey, container)
+            self.orders[container.path] = {path: place for place, path in reversed(list(enumerate(paths)))}
+        return self._open(container), self.orders[container.path][picture.path]
 
     def _open(self, node: Node) -> Screenplay:
         if node.path not in self.opened:
@@ -138,7 +142,7 @@ def _pictures(survey: Survey, node: Node) -> list[str]:
         return paths
     targets = [follow(survey.file, reference) for reference in order[()]]
     ordered = [survey.path_of(target) for target in targets if target is not None]
-    return [*ordered, *(path for path in paths if path not in ordered)]
+    return [*ordered, *(path for path in paths if path not in set(ordered))]
 
 
 def _rate_hz(group: Any) -> float | None:

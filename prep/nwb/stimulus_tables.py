@@ -18,7 +18,7 @@ from prep.nwb.inventory import UNREADABLE, Draft, Node, Survey, one_line
 from prep.nwb.stimulus_frames import Library, Rows, library, read_frames
 from prep.nwb.stimulus_words import Column, Words, is_telling, words_of
 from prep.plan import BrokenObject, PlannedStream, PrepError
-from prep.settings import STIMULUS_FIELDS, to_ns
+from prep.settings import FARTHEST_S, STIMULUS_FIELDS, to_ns
 from prep.store import StreamSpec
 from prep.tokens import HeldTokens
 
@@ -90,7 +90,8 @@ def _shown(survey: Survey, node: Node) -> _Shown | None:
     start = group["start_time"]
     is_named = node.name.endswith("_presentations") or node.path.startswith("stimulus/")
     is_named = is_named or survey.matches(node, survey.recipe.stimulus_tables)
-    if start.ndim != 1 or len(start) == 0 or (NOT_SHOWN.search(node.path) and not is_named):
+    is_list_of_times = start.ndim == 1 and start.dtype.kind in "fiu" and len(start) > 0
+    if not is_list_of_times or (NOT_SHOWN.search(node.path) and not is_named):
         return None
     columns = _columns(survey, node, len(start))
     if not is_named and not is_telling(columns, len(start)):
@@ -159,7 +160,8 @@ def _times(group: Any, node: Node, words: Words, start_s: Floats) -> tuple[Float
 def _event(shown: _Shown, name: str) -> Draft:
     values = shown.words.values[shown.rows].astype(np.float32)
     duration_s = shown.stop_s - shown.start_s
-    values[:, STIMULUS_FIELDS.index("duration_s")] = np.where(duration_s >= 0, duration_s, np.nan)
+    is_given = (duration_s >= 0) & (duration_s <= FARTHEST_S)
+    values[:, STIMULUS_FIELDS.index("duration_s")] = np.where(is_given, duration_s, np.nan)
     types, index = np.unique([shown.words.types[row] for row in shown.rows], return_inverse=True)
     spec = StreamSpec(
         name=name,

@@ -11,11 +11,12 @@ import numpy as np
 import numpy.typing as npt
 
 from prep.nwb.file import as_text, dataset, follow, get, is_dataset, is_group, numbers, texts
-from prep.nwb.inventory import Draft, Node, Survey
-from prep.nwb.series import read_series, trace_stream
+from prep.nwb.inventory import Draft, Node, Survey, unique_names
+from prep.nwb.series import Series, read_block, read_series, trace_stream
 from prep.plan import PrepError, Units
 from prep.settings import to_ns
 
+BLOCK_VALUES = 1_000_000
 ASKED_FOR, RAW, NEVER = 0, 4, 9
 RANKS = (  # the first pattern that a name has decides
     (r"(neuropil|background).?(correct|subtract)", 3),
@@ -113,8 +114,10 @@ def _plan(survey: Survey, node: Node, rois: Rois, taken: dict[str, str]) -> Draf
     num_rois = series.num_columns
     if rois.rows and len(rois.rows) != num_rois:
         raise PrepError(f"it has {num_rois} columns but {len(rois.rows)} ROIs")
+    if _is_missing(series):
+        raise PrepError("all its samples are missing")
     name = survey.stream_name(node)
-    ids = rois.ids or tuple(str(row) for row in range(num_rois))
+    ids = unique_names(rois.ids, rois.rows) or [str(row) for row in range(num_rois)]
     keys = [survey.unit_key(f"{_cell_label(survey, rois, name)}-{roi}") for roi in ids]
     shared = next((taken[key] for key in keys if key in taken), None)
     if shared is not None:
@@ -125,6 +128,17 @@ def _plan(survey: Survey, node: Node, rois: Rois, taken: dict[str, str]) -> Draf
     _account_for_table(survey, rois)
     survey.use(node.path, name, "time is the second axis in the file" if series.transposed else "")
     return draft
+
+
+def _is_missing(series: Series) -> bool:
+    """Whether no sample is a number; ends at the first that is."""
+    num_samples = series.data.shape[-1] if series.transposed else len(series.data)
+    step = max(1, BLOCK_VALUES // series.num_columns)
+    blocks = (
+        read_block(series.data, series.transposed, begin, min(begin + step, num_samples))
+        for begin in range(0, num_samples, step)
+    )
+    return not any(np.isfinite(block).any() for block in blocks)
 
 
 def _cell_label(survey: Survey, rois: Rois, stream_name: str) -> str:

@@ -18,6 +18,7 @@ Seconds = npt.NDArray[np.float64]
 TIME_WORDS = {"time", "times", "timestamp", "timestamps", "onset", "onsets", "offset", "offsets"}
 TIME_ENDINGS = {"on", "off"}
 SLACK_S = 60.0  # an event of a trial is not further from it than this
+FOLLOWS = 0.5  # of the time from the first row to the last: what times on the clock take, too, at least
 INSIDE = 0.9  # of a column of times, near their rows and in their order
 
 
@@ -102,7 +103,7 @@ def _values(group: Any, name: str, num_rows: int) -> tuple[Seconds, npt.NDArray[
 
 
 def _on_the_clock(time_s: Seconds, start_s: Seconds, stop_s: Seconds) -> bool:
-    """Whether times (n,) lie near their rows [start_s, stop_s] and grow with them; durations and delays do not."""
+    """Whether times (n,) lie near their rows [start_s, stop_s] and grow as they do; durations and delays do not."""
     starts, row = np.unique(start_s, return_inverse=True)
     first_s = np.full(len(starts), np.inf)
     np.minimum.at(first_s, row, time_s)
@@ -110,4 +111,5 @@ def _on_the_clock(time_s: Seconds, start_s: Seconds, stop_s: Seconds) -> bool:
     slack_s = SLACK_S if len(grows) else 0.0  # a single row does not show whether they grow
     end_s = np.where(np.isfinite(stop_s), stop_s, start_s)
     inside = (start_s - slack_s <= time_s) & (time_s <= end_s + slack_s)
-    return bool(inside.mean() >= INSIDE and (len(grows) == 0 or grows.mean() >= INSIDE))
+    follows = first_s[-1] - first_s[0] >= FOLLOWS * (starts[-1] - starts[0])
+    return bool(inside.mean() >= INSIDE and follows and (len(grows) == 0 or grows.mean() >= INSIDE))

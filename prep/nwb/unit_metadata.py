@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from prep.nwb.file import as_text, enum_words, follow, get, is_dataset, is_text, numbers, text_at, texts
-from prep.nwb.inventory import Node, Survey
+from prep.nwb.inventory import Node, Survey, unique_names
 from prep.plan import Units
 
 Float = npt.NDArray[np.float64]
@@ -149,8 +149,8 @@ def _names(table: _Table, rows: Index) -> list[str]:
     """Names of units, unique in the table: ids, with the row behind those that occur twice."""
     ids = get(table.group, "id")
     names = [str(value) for value in ids[()]] if is_dataset(ids) else [str(row) for row in range(table.num_rows)]
-    count = Counter(names)
-    return [f"{names[row]}-{row}" if count[names[row]] > 1 else names[row] for row in rows]
+    unique = unique_names(names, range(table.num_rows))
+    return [unique[row] for row in rows]
 
 
 # ---------------------------------------------------------------- electrodes
@@ -175,6 +175,8 @@ def _electrode_rows(table: _Table, num_electrodes: int) -> list[Index]:
     nothing = [np.zeros(0, np.int64)] * table.num_rows
     rows, index = get(table.group, "electrodes"), get(table.group, "electrodes_index")
     if not is_dataset(rows) or rows.ndim != 1 or rows.dtype.kind not in "iu":
+        return nothing
+    if index is not None and not (is_dataset(index) and index.dtype.kind in "iu"):
         return nothing
     stops = np.arange(1, len(rows) + 1) if index is None else index[()].astype(np.int64)
     if len(stops) != table.num_rows or (np.diff(stops, prepend=0) < 0).any() or (stops > len(rows)).any():

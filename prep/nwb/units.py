@@ -8,6 +8,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from prep.audit import MS_RATIO, SHORTEST_S
+from prep.nwb.clocks import other_spans
 from prep.nwb.file import as_text, enum_words, get, is_dataset, is_text, ragged_stops
 from prep.nwb.inventory import UNREADABLE, Draft, Node, Survey, snake_case
 from prep.nwb.spikes import Extent, SpikeReader, SpikeTimes, audited, repaired
@@ -22,6 +24,8 @@ Index = npt.NDArray[np.int64]
 Bool = npt.NDArray[np.bool_]
 
 ROOT_TABLE = "units"
+BLOCK_SPIKES = 4_000_000
+WHOLE_SPIKES = 10_000  # that are looked at to tell samples from seconds
 SPIKE_COLUMNS = ("spike_times", "spike_times_index", "id")
 
 
@@ -52,7 +56,8 @@ def _chosen(survey: Survey) -> list[Node]:
     with_spikes = [node for node in tables if _has_spikes(survey, node)]
     for node in tables:
         if node not in with_spikes:
-            survey.skip(node.path, "the units have no spike times")
+            lacks = "spike_times_index" if f"{node.path}/spike_times" in survey.nodes else "spike times"
+            survey.skip(node.path, f"the units have no {lacks}")
     chosen = [node for node in wanted if node in with_spikes] if survey.recipe.units else with_spikes[:1]
     for node in with_spikes:
         if node not in chosen:
@@ -159,6 +164,7 @@ def _plan(survey: Survey, node: Node, kept: Bool | None, name: str, prefix: str)
     if kept is not None:
         message = f"{len(stops) - len(rows)} of {len(stops)} units are left out by `keep_units` of the recipe"
         survey.note("keep-units", node.path, message, num_left_out=len(stops) - len(rows))
+    _refuse_sample_numbers(survey, node)
     times = repaired(survey, times)
     observed = _observed(survey, node, rows, times)
     extent = audited(survey, times, observed)
@@ -175,6 +181,22 @@ def _plan(survey: Survey, node: Node, kept: Bool | None, name: str, prefix: str)
     reader = SpikeReader(times=times, first_token=int(to_ns(extent.first_s) // TOKEN_NS), observed=observed)
     stream = _stream(reader, name, node.path, int(to_ns(extent.last_s) // TOKEN_NS) + 1)
     return Draft(stream=stream, first_s=float(extent.first_s), last_s=float(extent.last_s), units=units)
+
+
+def _refuse_sample_numbers(survey: Survey, node: Node) -> None:
+    """Raise BrokenObject where spike times are evidently numbers of samples: whole, and far longer than all else."""
+    column: Any = survey.file[node.path]["spike_times"]
+    first = column[:WHOLE_SPIKES]
+    if first.dtype.kind not in "fiu" or not (first == np.rint(first)).all():
+        return
+    blocks = (column[begin : begin + BLOCK_SPIKES] for begin in range(0, len(column), BLOCK_SPIKES))
+    last = max((float(block.max()) for block in blocks), default=0.0)
+    longest_s = max((stop_s - start_s for start_s, stop_s in other_spans(survey, node.path)), default=0.0)
+    if longest_s >= SHORTEST_S and last - float(first.min(initial=0.0)) > MS_RATIO[1] * longest_s:
+        raise BrokenObject(
+            f"its spike times are whole numbers up to {last:,.0f}, while the longest of the other clocks takes "
+            f"{longest_s:.4g} s: they are numbers of samples, not seconds. Divide them by the sampling rate."
+        )
 
 
 def _stream(reader: SpikeReader, name: str, origin: str, stop_token: int) -> PlannedStream:

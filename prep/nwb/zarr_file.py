@@ -78,8 +78,8 @@ class ZarrGroup(ZarrItem, Mapping[str, Any]):
 
     def __iter__(self) -> Iterator[str]:
         """Names of members and links, in order."""
-        inside = (entry.name for entry in os.scandir(self.folder) if entry.is_dir() and node_kind(Path(entry.path)))
-        return iter(sorted({*inside, *self.links}))
+        folders = (folder for folder in self.folder.iterdir() if folder.is_dir())
+        return iter(sorted({*(folder.name for folder in folders if node_kind(folder)), *self.links}))
 
     def __len__(self) -> int:
         return sum(1 for _ in self)
@@ -95,7 +95,8 @@ class ZarrGroup(ZarrItem, Mapping[str, Any]):
     def links(self) -> dict[str, ZarrReference]:
         """Links of this group to objects elsewhere, by name."""
         entries = self.stored_attrs.get("zarr_link", self.stored_attrs.get("_LINKS", []))
-        return {str(entry["name"]): reference(entry) for entry in entries if "name" in entry and "path" in entry}
+        found = [entry for entry in entries if isinstance(entry, dict)] if isinstance(entries, list) else []
+        return {str(entry["name"]): reference(entry) for entry in found if "name" in entry and "path" in entry}
 
     def leads_out(self, name: str) -> bool:
         """Whether a member is a link to another folder."""
@@ -163,6 +164,11 @@ class ZarrDataset(ZarrItem):
     def shape(self) -> tuple[int, ...]:
         """As NWB has it."""
         return () if self._is_scalar else tuple(self.meta["shape"])
+
+    @property
+    def stored_bytes(self) -> int:
+        """Bytes of all files of the array, its metadata among them."""
+        return sum(path.stat().st_size for path in self.folder.rglob("*") if path.is_file())
 
     @property
     def ndim(self) -> int:
@@ -271,6 +277,8 @@ def node_kind(folder: Path) -> Literal["group", "array", ""]:
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON file of the folder. Raises OSError where it is not JSON."""
     try:
+        if not path.is_file():  # a pipe would keep us waiting for ever
+            raise OSError(f"{path.parent.name}/{path.name} is not a file")
         content = json.loads(path.read_bytes())
     except ValueError as error:
         raise OSError(f"{path.parent.name}/{path.name} is not JSON") from error

@@ -1,0 +1,373 @@
+"""The fault campaign: ingest killed or starved of disk or memory at a random moment; a rerun ends with the same bytes.
+
+In: how many runs, a folder to work in. Out: one row per run, appended to tests/bench/CAMPAIGN_prep.jsonl, and a summary
+in CAMPAIGN_prep.md. The number of a run gives its fault and its moment; a campaign that is started again goes on.
+"""
+
+import argparse
+import contextlib
+import hashlib
+import json
+import os
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from nwb_builders import running, with_rois, with_units, write
+
+from prep.synthetic import write_brain
+
+ROOT = Path(__file__).parent.parent
+RECORDINGS = Path(os.environ.get("BRAINLOOM_NWB_DIR", ROOT.parent / "shared" / "nwb"))
+REAL = ("head_direction_A2929.nwb", "motor_cortex_anm00239123.nwb", "allen_layout_truncated.nwb",
+        "retina_nwb1.nwb", "foraging_717121.nwb.zarr")  # fmt: skip
+TABLE = ROOT / "tests" / "bench" / "CAMPAIGN_prep.jsonl"
+SEED = 20260102
+FAULTS = ("client", "worker", "scheduler", "their worker", "disk", "client", "their client", "worker", "memory", "disk")
+PATIENCE_S = 240.0
+LEAVING_S = 40.0  # until workers whose client was killed are gone
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """What became of one run."""
+
+    number: int
+    fault: str
+    at_s: float  # after the start of the command; for disk and memory: 0
+    limit_mb: float  # of disk or memory; 0: none
+    first_code: int | None  # exit code of the run that the fault met; None: it hung and was killed
+    first_s: float
+    sealed: int  # sessions and stimuli that were sealed when it was over
+    rerun_code: int | None
+    rerun_s: float
+    same_bytes: bool
+    verified: bool
+    nothing_outside: bool
+    nobody_left: bool  # no process of it went on
+    said: str  # its last line of complaint
+
+    @property
+    def is_sound(self) -> bool:
+        """Whether everything is as it must be."""
+        ended = self.first_code is not None and self.rerun_code is not None
+        return ended and self.same_bytes and self.verified and self.nothing_outside and self.nobody_left
+
+
+@dataclass(frozen=True, kw_only=True)
+class Truth:
+    """The run that nothing disturbed."""
+
+    files: dict[str, str]
+    code: int
+    seconds: float
+    num_bytes: int
+
+
+# ---------------------------------------------------------------- recordings
+
+
+def recordings(folder: Path, *, is_large: bool) -> Path:
+    """The synthetic brain, real files where there are some, and one that takes seconds."""
+    folder.mkdir(parents=True)
+    write_brain(folder / "synthetic", None, "test", 0)
+    if is_large:
+        for name in REAL if RECORDINGS.is_dir() else ():
+            source = RECORDINGS / name
+            shutil.copytree(source, folder / name) if source.is_dir() else shutil.copyfile(source, folder / name)
+        write_large(folder)
+    return folder
+
+
+def write_large(folder: Path) -> Path:
+    """120 units and 300 ROIs for 20 minutes: several shards."""
+    rng = np.random.default_rng(3)
+
+    def fill(nwb: Any) -> None:
+        with_units(*(np.sort(rng.uniform(0, 1200, 9_000)) for _ in range(120)))(nwb)
+        with_rois({"DfOverF/dff": rng.normal(size=(36_000, 300)).astype("f4")}, 300, rate=30.0)(nwb)
+        running(rng.normal(size=120_000), rate=100.0)(nwb)
+
+    return write(folder, fill, "large.nwb")
+
+
+# ---------------------------------------------------------------- processes
+
+
+def command(source: Path, store: Path, scheduler: str | None = None, memory_mb: float = 0.0) -> "subprocess.Popen[str]":
+    """`python -m prep ingest` in a process of its own."""
+    words = [sys.executable, "-m", "prep", "ingest", str(source), "--out", str(store), "--dataset", "d1"]
+    words += ["--scheduler", scheduler] if scheduler else ["--workers", "2"]
+
+    def starve() -> None:
+        limit = int(memory_mb * 2**20)
+        resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    return subprocess.Popen(
+        words, cwd=store.parent, env=environment, text=True, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
+        preexec_fn=starve if memory_mb else None,
+    )  # fmt: skip
+
+
+@contextlib.contextmanager
+def cluster(folder: Path) -> Iterator[tuple[str, "subprocess.Popen[str]", "subprocess.Popen[str]"]]:
+    """A scheduler and two workers of somebody else: address, scheduler, workers' front process."""
+    dask, address_file = str(Path(sys.executable).parent / "dask"), folder / "scheduler.json"
+    address_file.unlink(missing_ok=True)
+    quiet: dict[str, Any] = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL, "text": True, "cwd": folder}
+    quiet["env"] = {**os.environ, "PYTHONPATH": str(ROOT)}
+    here = ["--host", "127.0.0.1", "--no-dashboard", "--scheduler-file", str(address_file)]
+    scheduler = subprocess.Popen([dask, "scheduler", "--port", "0", *here], **quiet)
+    wait(address_file.exists)
+    words = [dask, "worker", "--nworkers", "2", "--nthreads", "1", "--no-dashboard", "--local-directory", str(folder)]
+    workers = subprocess.Popen([*words, "--scheduler-file", str(address_file), "--death-timeout", "20"], **quiet)
+    try:
+        wait(lambda: len(list(below(workers.pid))) >= 2)
+        yield str(json.loads(address_file.read_text())["address"]), scheduler, workers
+    finally:
+        for pid in [*below(workers.pid), workers.pid, scheduler.pid]:
+            kill(pid)
+        workers.wait()
+        scheduler.wait()
+
+
+def wait(what: Any, patience_s: float = 30.0) -> bool:
+    """Wait until something is true; whether it became so."""
+    deadline = time.monotonic() + patience_s
+    while not what():
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.05)
+    return True
+
+
+def below(pid: int) -> Iterator[int]:
+    """All processes below one."""
+    try:
+        tasks = [(task / "children").read_text().split() for task in Path(f"/proc/{pid}/task").iterdir()]
+    except OSError:
+        return
+    for child in (int(word) for words in tasks for word in words):
+        yield child
+        yield from below(child)
+
+
+def workers_of(pid: int) -> list[int]:
+    """Processes below one that are Dask workers, not the trackers of their resources."""
+    return [child for child in below(pid) if b"spawn_main" in cmdline(child) or b"forkserver" in cmdline(child)]
+
+
+def cmdline(pid: int) -> bytes:
+    with contextlib.suppress(OSError):
+        return Path(f"/proc/{pid}/cmdline").read_bytes()
+    return b""
+
+
+def is_alive(pid: int) -> bool:
+    try:
+        return "\nState:\tZ" not in Path(f"/proc/{pid}/status").read_text()
+    except OSError:
+        return False
+
+
+def kill(pid: int) -> None:
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(pid, signal.SIGKILL)
+
+
+def ended(process: "subprocess.Popen[str]") -> tuple[int | None, str]:
+    """Exit code and last line of complaint; None where it had to be killed."""
+    try:
+        _, errors = process.communicate(timeout=PATIENCE_S)
+        code: int | None = process.returncode
+    except subprocess.TimeoutExpired:
+        for pid in [*below(process.pid), process.pid]:
+            kill(pid)
+        _, errors = process.communicate()
+        code = None
+    lines = [line.strip() for line in errors.splitlines() if line.strip()]
+    return code, lines[-1][:300] if lines else ""
+
+
+# ---------------------------------------------------------------- one run
+
+
+def files_of(folder: Path) -> dict[str, str]:
+    """Every file of a store with its digest, but for the lock."""
+    return {
+        path.relative_to(folder).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and path.name != ".lock"
+    }
+
+
+def stamps(folder: Path, *, but: Path) -> dict[str, tuple[int, int]]:
+    """Size and time of change of every file outside of the store."""
+    found = (path for path in folder.rglob("*") if path.is_file() and not path.is_relative_to(but))
+    return {path.relative_to(folder).as_posix(): (path.stat().st_size, path.stat().st_mtime_ns) for path in found}
+
+
+def undisturbed(work: Path) -> Truth:
+    """What a run makes of the recordings when nothing happens to it."""
+    store, started = work / "truth" / "store", time.monotonic()
+    store.parent.mkdir()
+    code, said = ended(command(work / "in", store))
+    seconds = time.monotonic() - started
+    assert code in (0, 1), f"the undisturbed run ended with {code}: {said}"
+    size = sum(path.stat().st_size for path in store.rglob("*") if path.is_file())
+    return Truth(files=files_of(store), code=code, seconds=seconds, num_bytes=size)
+
+
+def one_run(number: int, work: Path, truth: Truth) -> Row:
+    """Disturb an ingest, run it again, and compare."""
+    rng = np.random.default_rng([SEED, number])
+    fault, moment_s = FAULTS[number % len(FAULTS)], float(rng.uniform(0.1, 1.0)) * truth.seconds
+    share = float(rng.uniform(0.02, 0.95))
+    place = work / f"run{number}" / "deep"
+    place.mkdir(parents=True)
+    store, before = place / "store", stamps(work, but=place)
+    limit_mb = {"disk": share * truth.num_bytes / 1e6, "memory": 500 + 1500 * share}.get(fault, 0.0)
+    at_s = 0.0 if limit_mb else moment_s
+    started = time.monotonic()
+    disk_mb, memory_mb = (limit_mb if fault == kind else 0.0 for kind in ("disk", "memory"))
+    with disk_of(store, disk_mb) as enlarge:
+        code, said, nobody_left = disturbed(fault, work / "in", store, at_s, memory_mb, rng)
+        first_s, sealed = time.monotonic() - started, len(list(store.glob("*/*.manifest.json")))
+        enlarge()
+        started = time.monotonic()
+        rerun_code, rerun_said = ended(command(work / "in", store))
+        rerun_s = time.monotonic() - started
+        verified = subprocess.run(
+            [sys.executable, "-m", "prep", "verify", str(store)], cwd=ROOT, capture_output=True, check=False
+        )
+        same = rerun_code == truth.code and files_of(store) == truth.files
+    row = Row(
+        number=number, fault=fault, at_s=round(at_s, 2), limit_mb=round(limit_mb, 1), first_code=code,
+        first_s=round(first_s, 1), sealed=sealed, rerun_code=rerun_code, rerun_s=round(rerun_s, 1), same_bytes=same,
+        verified=verified.returncode == 0,
+        nothing_outside=stamps(work, but=place) == before and {path.name for path in place.iterdir()} <= {"store"},
+        nobody_left=nobody_left, said=said or rerun_said,
+    )  # fmt: skip
+    if row.is_sound:
+        shutil.rmtree(place.parent)  # what is not sound stays, to be looked at
+    return row
+
+
+def disturbed(
+    fault: str, source: Path, store: Path, at_s: float, memory_mb: float, rng: np.random.Generator
+) -> tuple[int | None, str, bool]:
+    """One ingest and its fault: exit code, last line of complaint, whether all its processes are gone."""
+    with contextlib.ExitStack() as stack:
+        scratch, scheduler, address = Path(stack.enter_context(tempfile.TemporaryDirectory())), None, None
+        if fault == "scheduler" or fault.startswith("their"):
+            address, scheduler, workers = stack.enter_context(cluster(scratch))
+        process = command(source, store, scheduler=address, memory_mb=memory_mb)
+        family: list[int] = []
+        deadline = time.monotonic() + at_s
+        while time.monotonic() < deadline and process.poll() is None:
+            family = [*below(process.pid)] or family
+            time.sleep(0.02)
+        if fault in ("client", "their client"):
+            family = [*below(process.pid)] or family
+            kill(process.pid)
+        elif fault == "scheduler" and scheduler is not None:
+            kill(scheduler.pid)
+        elif "worker" in fault:
+            victims = workers_of(process.pid) if scheduler is None else [*below(workers.pid)]
+            if victims:
+                kill(int(victims[int(rng.integers(len(victims)))]))
+        code, said = ended(process)
+        nobody_left = wait(lambda: not any(is_alive(pid) for pid in family), LEAVING_S)
+    return code, said, nobody_left
+
+
+@contextlib.contextmanager
+def disk_of(store: Path, limit_mb: float) -> Iterator[Any]:
+    """A disk of its own for the store, too small until it is enlarged; with a limit of 0 the disk that is there."""
+    if not limit_mb:
+        yield lambda: None
+        return
+    store.mkdir()
+    size = f"size={int(limit_mb * 1e6)}"
+    subprocess.run(["mount", "-t", "tmpfs", "-o", size, "tmpfs", str(store)], check=True)
+    try:
+        yield lambda: subprocess.run(["mount", "-o", "remount,size=2g", str(store)], check=True)
+    finally:
+        subprocess.run(["umount", "--lazy", str(store)], check=True)
+
+
+# ---------------------------------------------------------------- the table
+
+
+def rows_of(table: Path) -> list[Row]:
+    """What earlier campaigns have found."""
+    lines = table.read_text().splitlines() if table.exists() else []
+    return [Row(**json.loads(line)) for line in lines]
+
+
+def summary(rows: Sequence[Row]) -> str:
+    """The table for people."""
+    num_sound = sum(row.is_sound for row in rows)
+    lines = ["# Faults while ingesting", "", f"{num_sound} of {len(rows)} runs ended with the same bytes after a "
+             "rerun, verified, with nothing written outside of the store and no process left.", "",
+             "| fault | runs | sound | exit codes of the disturbed run | slowest disturbed run | slowest rerun |",
+             "|---|---|---|---|---|---|"]  # fmt: skip
+    for fault in sorted({row.fault for row in rows}):
+        mine = [row for row in rows if row.fault == fault]
+        codes = ", ".join(sorted({"hung" if row.first_code is None else str(row.first_code) for row in mine}))
+        slowest = f"{max(row.first_s for row in mine):.0f} s | {max(row.rerun_s for row in mine):.0f} s"
+        lines.append(f"| {fault} | {len(mine)} | {sum(row.is_sound for row in mine)} | {codes} | {slowest} |")
+    unsound = [row for row in rows if not row.is_sound]
+    lines += ["", *(f"* not sound: run {row.number} ({row.fault} at {row.at_s} s): {row.said}" for row in unsound)]
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def campaign(num_runs: int, table: Path, work: Path, *, is_large: bool = True) -> list[Row]:
+    """Do the next `num_runs` runs; returns their rows."""
+    recordings(work / "in", is_large=is_large)
+    truth = undisturbed(work)
+    print(f"undisturbed: {truth.seconds:.1f} s, {len(truth.files)} files, {truth.num_bytes / 1e6:.0f} MB", flush=True)
+    first = len(rows_of(table))
+    for number in range(first, first + num_runs):
+        row = one_run(number, work, truth)
+        table.parent.mkdir(parents=True, exist_ok=True)
+        with open(table, "a") as file:
+            file.write(json.dumps(asdict(row), sort_keys=True) + "\n")
+        verdict = "sound" if row.is_sound else "NOT SOUND"
+        print(f"{number:4d} {row.fault:12s} at {row.at_s:5.1f} s, limit {row.limit_mb:6.0f} MB: code {row.first_code}, "
+              f"{row.sealed} sealed; rerun {row.rerun_s:.1f} s: {verdict} {row.said}", flush=True)  # fmt: skip
+    rows = rows_of(table)
+    table.with_suffix(".md").write_text(summary(rows))
+    return rows[first:]
+
+
+def main() -> int:
+    """Exit code: 0 all runs were sound, 1 some were not (named)."""
+    parser = argparse.ArgumentParser(prog="python -m campaign", description=main.__doc__)
+    parser.add_argument("which", choices=["prep"], help="what is put to the test")
+    parser.add_argument("num", type=int, metavar="N", help="how many runs")
+    parser.add_argument("--table", type=Path, default=TABLE, help="where rows are appended (%(default)s)")
+    args = parser.parse_args()
+    work = Path(tempfile.mkdtemp(prefix="campaign_"))
+    rows = campaign(args.num, args.table, work)
+    num_sound = sum(row.is_sound for row in rows)
+    if num_sound == len(rows):
+        shutil.rmtree(work)
+    else:
+        print(f"What was not sound is still in {work}.")
+    print(f"{num_sound} of {len(rows)} runs were sound; {args.table.with_suffix('.md')} has them all.")
+    return 0 if num_sound == len(rows) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
