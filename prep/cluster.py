@@ -29,6 +29,9 @@ CONNECT_S = 20
 LOOK_S = 0.25  # how often the watch looks
 WAITING_S = 30.0  # how often it says that there is no worker
 QUIET = {"distributed": "critical", "distributed.nanny": "critical", "distributed.worker": "critical"}
+# Dask has malloc hand back every 64 KiB: a shard of 32 MiB is then paid for in page faults again and again.
+MALLOC = ("MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_")
+KEPT_BYTES = 2**30
 JOB_CLUSTERS = {"slurm": "SLURMCluster", "pbs": "PBSCluster", "lsf": "LSFCluster"}  # of dask_jobqueue
 INSTALL = {
     "dask_jobqueue": "Install it: .venv/bin/pip install -c constraints.txt dask-jobqueue",
@@ -44,6 +47,7 @@ def connect(scheduler: str | None, workers: int, config: ClusterConfig | None = 
     PrepError in place of whatever the block raises, where the scheduler is lost or no worker can be had.
     """
     settings: dict[str, Any] = {"logging": QUIET, "distributed.admin.tick.limit": "60s"}
+    settings |= {f"distributed.nanny.pre-spawn-environ.{name}": KEPT_BYTES for name in MALLOC}
     if config is not None:
         settings["distributed.scheduler.allowed-failures"] = config.allowed_failures
     with dask.config.set(settings), contextlib.ExitStack() as stack:

@@ -151,7 +151,7 @@ def _streams(streams: Sequence[PlannedStream]) -> str:
     for stream in streams:
         spec = stream.spec
         start_s, stop_s = stream.start_ns[0] / 1e9, (stream.start_ns[-1] + spec.duration_ns) / 1e9
-        rate = f"{1e9 / spec.sample_ns:.4g}" if spec.sample_ns else ""
+        rate = f"{1e9 / spec.sample_ns:.4g}" if spec.sample_ns and spec.kind != "event" else ""
         numbers = (f"{spec.num_tokens:,}", f"{spec.num_sources:,}", str(spec.samples_per_token), rate)
         rows.append((spec.name, spec.kind, spec.modality, *numbers, f"{start_s:.3f}", f"{stop_s:.3f}", spec.origin))
     return _table("streams", header, rows)

@@ -12,10 +12,12 @@ from typing import Any
 import pytest
 import remote_builders
 from distributed import Client
+from nwb_builders import with_units, write
 from remote_builders import Handler, Served, one, put
 from store_builders import FakeRecipe, fake_planner, tree
 
 from prep import remote, staging
+from prep.__main__ import main
 from prep.disk import StoreError
 from prep.files import find_files
 from prep.ingest import connect, run_ingest
@@ -321,6 +323,21 @@ def test_a_store_is_the_same_from_disk_https_and_s3(
 
 def at_loopback(address: str) -> None:
     os.environ.update(AWS_ENDPOINT_URL=address, AWS_EC2_METADATA_DISABLED="true")
+
+
+def test_the_command_takes_urls_after_a_dry_run_too(
+    web: tuple[str, type[Handler]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    address, handler = web
+    recording = write(tmp_path, with_units([0.5, 9.0], [1.0, 2.0]), "mouse.nwb")
+    handler.files["/x/mouse.nwb"] = Served(recording.read_bytes())
+    store = tmp_path / "store"
+    command = ["ingest", f"{address}/x/mouse.nwb", "--out", str(store), "--dataset", "d1", "--workers", "1"]
+    assert main([*command, "--dry-run"]) == 0
+    assert main(command) == 0
+    assert main(["ingest", str(recording), "--out", str(tmp_path / "local"), "--dataset", "d1", "--workers", "1"]) == 0
+    assert session_bytes(store) == session_bytes(tmp_path / "local")
+    assert "1 of 1 files are in the store" in capsys.readouterr().out
 
 
 def test_one_url_that_fails_stops_nobody_and_its_file_stays_away(
