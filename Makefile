@@ -32,7 +32,7 @@ demo: .venv/installed  ## fresh clone -> the whole road on a laptop; ends in run
 	$(PY) -m train demo --out $(or $(OUT),runs/demo) $(ARGS)
 
 test: .venv/installed  ## fresh clone -> the test suite (without the slow tests)
-	$(PY) -m pytest -m 'not slow' $(ARGS)
+	$(PY) -m pytest -m 'not slow' -n 2 --dist loadfile $(ARGS)
 
 campaign: .venv/installed  ## WHICH=prep [N=50]: killed and starved at random moments, the same bytes after a rerun
 	PYTHONPATH=tests $(PY) -m campaign $(or $(WHICH),prep) $(or $(N),50) $(ARGS)

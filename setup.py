@@ -40,6 +40,7 @@ CLUSTER = ["dask-jobqueue", "bokeh"]  # make prep CLUSTER=…, and charts on the
 DEV = [
     "pytest",
     "pytest-timeout",
+    "pytest-xdist",
     "ruff",
     "mypy",
     "types-PyYAML",

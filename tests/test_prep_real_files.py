@@ -149,7 +149,7 @@ def test_every_file_gives_a_session_or_a_reason_and_accounts_for_all_that_is_in_
             problems.append(f"{path.name}: more than one line")
     header = ("file", "streams", "used", "skipped", "objects")
     with capsys.disabled():
-        print("\n" + "\n".join(table_lines(header, rows, right={"used", "skipped", "objects"})))
+        print("\n" + "\n".join(table_lines(header, rows, right={"used", "skipped", "objects"})), file=sys.stderr)
     assert not problems, "\n".join(problems)
     assert sum(isinstance(outcome, SessionPlan) for outcome in census.values()) >= min(11, len(FILES) - len(REFUSED))
 
@@ -186,7 +186,7 @@ def test_every_file_is_read_in_little_memory(capsys: pytest.CaptureFixture[str])
     peaks_mb = {path.name: float(told.stdout) for path, told in zip(FILES, done, strict=True)}
     with capsys.disabled():
         rows = [(name, f"{peak_mb:.0f}") for name, peak_mb in peaks_mb.items()]
-        print("\n" + "\n".join(table_lines(("file", "peak_rss_mb"), rows, right={"peak_rss_mb"})))
+        print("\n" + "\n".join(table_lines(("file", "peak_rss_mb"), rows, right={"peak_rss_mb"})), file=sys.stderr)
     assert {name: peak_mb for name, peak_mb in peaks_mb.items() if peak_mb >= MAX_RSS_MB} == {}
 
 
