@@ -70,7 +70,7 @@ def session_pictures(store: Store, session: Session, units: UnitColumns) -> list
     """Overview, distributions and clocks of one session, those for which it has data."""
     streams = [session.stream(name) for name in session.stream_names]
     with matplotlib.rc_context(RC), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # a name in a script that the measuring font lacks
+        warnings.filterwarnings("ignore", message="Glyph")  # a name in a script that the measuring font lacks
         figures = {
             "Everything on one time axis": overview(store, session, streams, units),
             "Units": distributions(units),
@@ -82,7 +82,7 @@ def session_pictures(store: Store, session: Session, units: UnitColumns) -> list
 def dataset_picture(title: str, units: UnitColumns) -> dict[str, str] | None:
     """Distributions of the units of a dataset; None where nothing is known of any."""
     with matplotlib.rc_context(RC), warnings.catch_warnings():
-        warnings.simplefilter("ignore")
+        warnings.filterwarnings("ignore", message="Glyph")
         figure = distributions(units)
         return None if figure is None else picture(title, figure)
 

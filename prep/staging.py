@@ -155,7 +155,7 @@ def _check_space(remote: RemoteFile, offer: Offer, have: int) -> None:
 
 def _read(path: Path) -> Any:
     """A record, None where there is none that can be trusted."""
-    with contextlib.suppress(StoreError):
+    with contextlib.suppress(StoreError):  # missing or damaged: the file is brought again
         return read_json(path)
     return None
 
@@ -197,5 +197,5 @@ def _is_locked(path: Path) -> bool:
     except BlockingIOError:
         return True
     except FileNotFoundError:
-        pass
+        return False  # the run ended just now
     return False

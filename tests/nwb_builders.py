@@ -33,7 +33,7 @@ def write(folder: Path, fill: Callable[[NWBFile], None], name: str = "s1.nwb") -
 
 
 def plan(folder: Path, fill: Callable[[NWBFile], None], **recipe: object) -> SessionPlan:
-    return plan_session(write(folder, fill), Recipe(**recipe), "d1")  # type: ignore[arg-type]
+    return plan_session(write(folder, fill), Recipe(**recipe), "d1")
 
 
 def stream(session: SessionPlan, name: str) -> PlannedStream:

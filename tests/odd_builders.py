@@ -30,7 +30,7 @@ def only(session: SessionPlan, code: str) -> Finding:
 
 
 def moments(name: str, time_s: object, data: object = None) -> Callable[[NWBFile], None]:
-    data = np.ones(len(time_s)) if data is None else data  # type: ignore[arg-type]
+    data = np.ones(len(time_s)) if data is None else data
     return lambda nwb: nwb.add_acquisition(TimeSeries(name=name, data=data, unit="n.a.", timestamps=time_s))
 
 
@@ -39,7 +39,7 @@ def with_trials(starts_s: np.ndarray, length_s: float, **columns: object) -> Cal
         for name in columns:
             nwb.add_trial_column(name, "a column")
         for row, start_s in enumerate(starts_s):
-            cells = {name: column[row] for name, column in columns.items()}  # type: ignore[index]
+            cells = {name: column[row] for name, column in columns.items()}
             nwb.add_trial(start_time=start_s, stop_time=start_s + length_s, **cells)
 
     return fill

@@ -113,6 +113,7 @@ def slurm(folder: Path) -> Iterator[Slurm]:
         subprocess.run(
             cluster.words("login", ["scancel", "--full", "--user=root"]), env=cluster.environment, check=False
         )
+        # The tests are over; jobs that linger die with their namespaces.
         with contextlib.suppress(AssertionError, subprocess.CalledProcessError):
             _wait(lambda: not cluster.jobs(), "the last job's end", folder)
 
@@ -170,7 +171,7 @@ def _num_idle(cluster: Slurm) -> int:
 
 def _wait(what: object, name: str, folder: Path) -> None:
     deadline = time.monotonic() + PATIENCE_S
-    while not what():  # type: ignore[operator]
+    while not what():
         logs = "\n".join(
             f"{path.name}:\n{path.read_text()[-800:]}" for path in [*folder.glob("*.log"), *folder.glob("*.out")]
         )

@@ -85,7 +85,7 @@ class Values:
             values = np.where(missing, -1, level % FRAMES_SHAPE[0]).astype(np.int32)
         else:
             values = np.where(missing, np.nan, level / 64 - 3).astype(np.float32)
-        values[slice(*self.missing_shard)] = FILLS[self.kind]  # type: ignore[index]
+        values[slice(*self.missing_shard)] = FILLS[self.kind]
         return values
 
 
@@ -109,8 +109,8 @@ def stream(
     duration_ns = 1 if kind == "event" else step_ns
     spec = SmallShards(
         name=name,
-        kind=kind,  # type: ignore[arg-type]
-        modality=modality,  # type: ignore[arg-type]
+        kind=kind,
+        modality=modality,
         num_tokens=shape[0],
         num_sources=shape[1],
         samples_per_token=shape[2],

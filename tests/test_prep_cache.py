@@ -363,7 +363,6 @@ class Quiet(http.server.SimpleHTTPRequestHandler):
 
 
 def test_a_store_behind_http_reads_as_the_local_one(local: Path, tmp_path: Path) -> None:
-    pytest.importorskip("aiohttp")
     served = Path(shutil.copytree(local, tmp_path / "served"))
     handler = functools.partial(Quiet, directory=str(tmp_path))
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:

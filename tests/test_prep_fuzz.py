@@ -62,7 +62,7 @@ def ingest_damaged(numbers: Sequence[int], sound: Sequence[Path], box: Path, pat
     process = subprocess.Popen(
         [*words, "--workers", "2", "--dataset", "d1"], cwd=here / "cwd", env=environment,
         preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_AS, limit), **pipes,
-    )  # type: ignore[call-overload]  # fmt: skip
+    )  # fmt: skip
     peaks = watch(process, patience_s)
     returncode = process.poll()
     process.kill()

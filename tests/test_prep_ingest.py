@@ -231,7 +231,7 @@ def command(folder: Path, store: Path) -> "subprocess.Popen[str]":
     environment = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}"}
     words = ["-c", CLI, "ingest", str(folder), "--out", str(store), "--workers", "2", "--dataset", "d1"]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    return subprocess.Popen([sys.executable, "-W", "error", *words], env=environment, cwd=ROOT, **pipes)  # type: ignore
+    return subprocess.Popen([sys.executable, "-W", "error", *words], env=environment, cwd=ROOT, **pipes)
 
 
 def wait_for(what: Callable[[], bool]) -> None:

@@ -64,7 +64,7 @@ def pair(folder: Path, ecephys: Fill = ECEPHYS, image: Fill = IMAGE) -> tuple[Pa
 
 
 def joined(paths: tuple[Path, ...], **recipe: object) -> SessionPlan:
-    return plan_sessions(paths, Recipe(join=JOIN, **recipe), "d1")  # type: ignore[arg-type]
+    return plan_sessions(paths, Recipe(join=JOIN, **recipe), "d1")
 
 
 def streams(session: SessionPlan) -> dict[str, PlannedStream]:

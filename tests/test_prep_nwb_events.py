@@ -59,7 +59,7 @@ def ndx(path: Path, where: str, kind: str, attributes: dict | None = None, **mem
 
 
 def planned(path: Path, **recipe: object) -> SessionPlan:
-    return plan_session(path, Recipe(**recipe), "d1")  # type: ignore[arg-type]
+    return plan_session(path, Recipe(**recipe), "d1")
 
 
 @pytest.fixture

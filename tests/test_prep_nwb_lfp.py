@@ -48,7 +48,7 @@ def noise(num_samples: int, num_channels: int = 2) -> np.ndarray:
 
 def bins_of(item: object) -> np.ndarray:
     """Values (bins, S) of a stream without gaps."""
-    return values(item).transpose(0, 2, 1).reshape(-1, item.spec.num_sources)  # type: ignore[arg-type, attr-defined]
+    return values(item).transpose(0, 2, 1).reshape(-1, item.spec.num_sources)
 
 
 def test_a_planted_sine_has_its_power_in_its_own_band_with_conversion_and_offset_once(tmp_path: Path):

@@ -124,9 +124,9 @@ def test_rates_and_skewness_are_of_the_units_that_were_observed(tmp_path: Path, 
 def test_jitter_is_zero_on_a_regular_clock_and_absent_where_there_is_none(single: Path) -> None:
     opened = Store(single).session(0)
     running = opened.stream("running")
-    assert jitter_ms(running).tolist() == [0, 0, 0]  # type: ignore[union-attr]
+    assert jitter_ms(running).tolist() == [0, 0, 0]
     late = running.start_ns + np.where(np.arange(125) == 60, 4_000_000, 0)
-    assert jitter_ms(replace(running, start_ns=late))[2] == 4.0  # type: ignore[index]
+    assert jitter_ms(replace(running, start_ns=late))[2] == 4.0
     assert jitter_ms(opened.stream("spikes")) is None
     assert jitter_ms(opened.stream("licks")) is None
 

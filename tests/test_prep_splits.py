@@ -168,7 +168,7 @@ def test_a_stimulus_has_one_label_wherever_it_is_shown(tmp_path: Path):
     shown = [f"im{i:03}" for i in rng.permutation(np.repeat(np.arange(12), 6))]
     rows = [(float(i), i + 1.0, image) for i, image in enumerate(shown)]
     splits = Splits(by="stimulus", table="images", column="image_name", gap_s=0)
-    session = plan(tmp_path, table(rows), splits=splits)  # type: ignore[arg-type]
+    session = plan(tmp_path, table(rows), splits=splits)
     for start, stop, label in session.splits:
         images = {image for begin, end, image in rows if begin * S < stop and start < end * S}
         assert {draw_label(str(image), splits.fractions) for image in images} == {label}
@@ -179,7 +179,7 @@ def test_a_stimulus_that_the_recipe_assigns_has_that_label_and_a_blank_has_none(
     rows = [(0.0, 1.0, "a"), (1.0, 2.0, ""), (2.0, 3.0, "b"), (4.0, 5.0, "a")]
     chosen = {"a": "test", "b": "train"}
     splits = Splits(by="stimulus", table="intervals/images", column="image_name", gap_s=0, assign=chosen)
-    session = plan(tmp_path, table(rows), splits=splits)  # type: ignore[arg-type]
+    session = plan(tmp_path, table(rows), splits=splits)
     assert session.splits == ((0, S, "test"), (2 * S, 3 * S, "train"), (4 * S, 5 * S, "test"))
     noted = [finding.message for finding in session.findings if finding.code == "short-session"]
     assert noted == ["no row of the table 'images' is valid (after gaps of 0 s between labels)"]
@@ -198,7 +198,7 @@ def named(subject_id: str = "", session_id: str = "") -> Callable[[NWBFile], Non
 
 @pytest.mark.parametrize("by", ["session", "subject"])
 def test_a_whole_session_has_one_label_from_its_name(tmp_path: Path, by: str):
-    splits = Splits(by=by)  # type: ignore[arg-type]
+    splits = Splits(by=by)
     label = draw_label("mouse-7", splits.fractions)
     session = plan(tmp_path, named(subject_id="mouse-7", session_id="mouse-7"), splits=splits)
     assert session.splits == ((5 * S // 10, 103 * S, label),)
@@ -228,7 +228,7 @@ def test_what_the_file_cannot_give_is_said_with_what_it_has(tmp_path: Path, spli
     rows = [(0.0, 1.0, "im001"), (1.0, 2.0, "im003")]
     assert {draw_label(str(image), splits.fractions) for *_, image in rows} != {"train"}
     with pytest.raises(PrepError, match=message):
-        plan(tmp_path, table(rows), splits=splits)  # type: ignore[arg-type]
+        plan(tmp_path, table(rows), splits=splits)
 
 
 def test_explicit_pieces_win(tmp_path: Path):

@@ -187,12 +187,12 @@ def test_a_split_too_short_for_a_window_has_none(reader: WindowReader) -> None:
 def test_budgets_are_enough_and_shapes_are_fixed(reader: WindowReader, family: str) -> None:
     data = replace(RUN.data, max_units=100, max_queries=10**6, max_frames=100)
     roomy = WindowReader(reader.store, model_config(RUN), data.max_frames)
-    shape = budget(reader.store, data, family)  # type: ignore[arg-type]
+    shape = budget(reader.store, data, family)
     shapes = set()
     for session_id in SESSIONS:
         window = one_window(roomy, session_id)
         for seed in range(4):
-            mask = draw_mask(family, window.tokens, 1.0, np.random.default_rng(seed))  # type: ignore[arg-type]
+            mask = draw_mask(family, window.tokens, 1.0, np.random.default_rng(seed))
             sample = make_sample(window, mask, shape)
             assert sample["input_mask"].sum() == mask.visible.sum()
             assert sample["label_mask"].sum() == window.observed[mask.asked].sum()

@@ -255,7 +255,7 @@ def test_sigterm_to_the_launcher_saves_and_the_run_goes_on_identically(
 
 def test_resume_must_without_a_checkpoint_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"has no sealed checkpoint, and --resume must was given. Check OUT"):
-        loop._resume(None, tmp_path, "must")  # type: ignore[arg-type]
+        loop._resume(None, tmp_path, "must")
 
 
 def test_a_run_that_is_there_does_not_become_another_model(two_ranks: Path, store: Path, run: RunConfig) -> None:

@@ -70,7 +70,7 @@ def test_a_run_does_not_become_another_model_or_start_afresh_among_old_checkpoin
         start.prepare(start.config.RunConfig(), Store(store), out)
     for change in ({"global_batch_size": 8}, {"families": ("encoding",)}):
         with pytest.raises(ConfigError, match="has trained on data in another order"):
-            start.prepare(replace(run, train=replace(run.train, **change)), Store(store), out)  # type: ignore[arg-type]
+            start.prepare(replace(run, train=replace(run.train, **change)), Store(store), out)
     start.prepare(replace(run, data=replace(run.data, num_workers=2)), Store(store), out)
     with pytest.raises(ConfigError, match="--resume never would mix two runs"):
         start.prepare(run, Store(store), out, "never")

@@ -89,6 +89,7 @@ def _read(path: Path, label: str, recipe: Recipe, dataset_id: str) -> Part:
 
 def reference_time(path: Path) -> datetime | None:
     """The moment that a file's times count from; None where it does not say."""
+    # A file that cannot be read is told by its own part; without a time the finding joined-clock says so.
     with contextlib.suppress(OSError, RuntimeError, ValueError, PrepError), open_file(path) as file:
         text = text_at(file, "timestamps_reference_time") or text_at(file, "session_start_time")
         return datetime.fromisoformat(text)

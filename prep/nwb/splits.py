@@ -7,6 +7,7 @@ order of time; they never overlap.
 import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -179,19 +180,18 @@ def _table(timeline: Timeline, splits: Splits) -> tuple[str, IntervalTable]:
     raise PrepError(f"{found}. Name one of them as splits.table.")
 
 
-def _column(table: IntervalTable, name: str, splits: Splits) -> Sequence[object]:
+def _column(table: IntervalTable, name: str, splits: Splits) -> Sequence[Any]:
     if splits.column in table.columns:
-        column: Sequence[object] = table.columns[splits.column]  # type: ignore[assignment]
-        return column
+        return list(table.columns[splits.column])
     has = ", ".join(table.columns) or "none"
     found = f"splits.column is {splits.column!r}, but the columns of the table {name!r} are: {has}"
     raise PrepError(f"{found}. Name the one that says which stimulus a row shows.")
 
 
-def stimulus_names(column: Sequence[object]) -> list[str]:
+def stimulus_names(column: Sequence[Any]) -> list[str]:
     """A stimulus' name for each row; 45.0 is `45`; "" where the column gives none (a blank)."""
     return [
-        str(value).strip() if isinstance(value, str) else "" if not np.isfinite(value) else f"{value:.12g}"  # type: ignore
+        value.strip() if isinstance(value, str) else "" if not np.isfinite(value) else f"{value:.12g}"
         for value in column
     ]
 

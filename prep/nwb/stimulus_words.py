@@ -199,7 +199,7 @@ def parse(text: str) -> tuple[float, ...]:
     try:
         return (float(text),)
     except ValueError:
-        pass
+        pass  # no plain number: perhaps a list
     try:
         return _flat(ast.literal_eval(re.sub(r"\s+", " ", text).strip()))
     except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):

@@ -65,7 +65,7 @@ def _columns_of_times(survey: Survey, node: Node) -> list[tuple[str, Seconds]]:
         try:
             time_s, row = _values(group, child.name, len(start_s))
         except UNREADABLE:
-            continue
+            continue  # the reader of tables refuses the column by name
         if len(time_s) == 0:
             continue
         if _on_the_clock(time_s, start_s[row], stop_s[row]):

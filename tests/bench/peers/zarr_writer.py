@@ -50,6 +50,6 @@ if __name__ == "__main__":
     threads: dict[str, Any] = {"async.concurrency": 1, "threading.max_workers": 1}
     if sys.argv[3] == "zarrs":
         threads |= {"codec_pipeline.path": "zarrs.ZarrsCodecPipeline"}
-    limit.Writer = ZarrWriter  # type: ignore[misc]
+    limit.Writer = ZarrWriter
     with zarr.config.set(threads), measured():
         limit.write(Path(sys.argv[1]), Path(sys.argv[2]))
