@@ -50,7 +50,7 @@ lint: .venv/installed  ## ruff and mypy
 
 check: lint test  ## lint, types, architecture, tests; warnings are errors
 
-prep: .venv/installed  ## SRC="dir|file …" OUT=store [RECIPE=…] [DATASET=…] [SCHEDULER=tcp://… | CLUSTER=prep/clusters/x.yaml]: NWB recordings -> token store
+prep: .venv/installed  ## SRC="dir|file|url …" OUT=store|s3://… [RECIPE=…] [DATASET=…] [SCHEDULER=tcp://… | CLUSTER=prep/clusters/x.yaml]: NWB recordings -> token store
 	@test -n "$(SRC)" || { echo 'make prep needs SRC="dir|file …" (NWB recordings), for instance: make prep SRC=recordings OUT=store'; exit 2; }
 	$(PY) -m prep ingest $(SRC) --out $(or $(OUT),$(STORE)) $(if $(RECIPE),--recipe $(RECIPE)) $(if $(DATASET),--dataset $(DATASET)) $(if $(SCHEDULER),--scheduler $(SCHEDULER)) $(if $(CLUSTER),--cluster $(CLUSTER)) $(ARGS)
 

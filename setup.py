@@ -4,8 +4,8 @@ from setuptools import setup
 
 PREP = [
     "numpy",
-    "fsspec[http]",
     "h5py",
+    "isal",
     "pynwb",
     "zarr>=3",
     "numcodecs",
@@ -21,7 +21,7 @@ PREP = [
     "botocore",
 ]
 TRAIN = [
-    "fsspec[http]",
+    "botocore",
     "numpy",
     "torch",
     "deepspeed",

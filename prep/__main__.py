@@ -8,7 +8,7 @@ import importlib
 import sys
 from collections.abc import Sequence
 
-from prep.disk import StoreError
+from prep.disk import StoreError, in_words
 from prep.plan import PrepError
 from prep.settings import ConfigError
 
@@ -34,8 +34,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(arguments)
     try:
         return int(importlib.import_module(COMMANDS[args.command][0]).main(args))
-    except (ConfigError, StoreError, OSError) as error:
+    except (ConfigError, StoreError) as error:
         print(f"prep {args.command}: {error}", file=sys.stderr)
+        return USAGE
+    except OSError as error:
+        print(f"prep {args.command}: {in_words(error) or error}", file=sys.stderr)
         return USAGE
     except PrepError as error:
         print(f"prep {args.command}: {error}", file=sys.stderr)

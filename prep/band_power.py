@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from scipy.signal import butter, sosfilt, sosfilt_zi
 
 from prep.plan import PrepError
 
@@ -36,6 +35,8 @@ class Band:
 
 def design(low_hz: float, high_hz: float, rate_hz: float) -> Band:
     """A Butterworth band-pass as second-order sections. Raises PrepError where the sampling rate is too low for it."""
+    from scipy.signal import butter  # a second to import: workers that meet no voltages do without
+
     if 2 * high_hz >= rate_hz:
         raise PrepError(
             f"it is sampled at {rate_hz:.6g} Hz, and a band up to {high_hz:g} Hz needs more than {2 * high_hz:g} Hz. "
@@ -62,6 +63,8 @@ def band_power(
     nothing of its future. A bin is missing where it follows the start, or a missing sample, by less than the filter's
     onset.
     """
+    from scipy.signal import sosfilt, sosfilt_zi  # as above
+
     missing = ~np.isfinite(volts)
     num_missing = np.concatenate([np.zeros((1, volts.shape[1]), np.int64), np.cumsum(missing, axis=0)])
     volts = np.where(missing, 0.0, volts) if missing.any() else volts

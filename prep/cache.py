@@ -5,25 +5,24 @@ whole and once, checked on arrival, and named by its digest: processes, runs and
 """
 
 import contextlib
-import errno
 import fcntl
 import hashlib
 import os
 import re
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO, Protocol
 
 from prep.disk import DigestError, StoreError, appears_whole, sha256
+from prep.remote import download, fetch
+from prep.urls import SCHEMES, NotThereError, scheme_of, shown
 
 MEND = "Delete the .manifest.json beside its .zarr folder, then run `make prep` again."
 FOLDER = "BRAINLOOM_CACHE"  # environment: where the cache lies
 LIMIT_GB = "BRAINLOOM_CACHE_GB"  # environment: how large it may become
 DEFAULT_GB = 64.0
-ATTEMPTS = 4  # of a fetch, 1 + 2 + 4 pauses apart: object stores fail now and then
-PAUSE_S = 0.5
 ABANDONED_S = 3600.0  # a part of a file that nobody has touched for so long has lost its writer
 SCAN_SHARE = 1024  # the cache is measured again when this process has added one part in so many of its limit
 
@@ -73,7 +72,7 @@ class LocalFiles:
     @property
     def address(self) -> str:
         """The folder, from the root of the disk."""
-        return str(self.root.absolute())
+        return str(self.root.resolve())
 
     def where(self, name: str) -> str:
         """Its path."""
@@ -149,9 +148,13 @@ class Sealed:
 
 
 def open_files(address: str | Path) -> Files:
-    """The files of a store by its folder or its URL (s3://, https://, memory://, what fsspec knows)."""
-    if isinstance(address, Path) or "://" not in address:
+    """The files of a store by its folder or its URL (s3://, https://)."""
+    if isinstance(address, Path) or not scheme_of(address):
         return LocalFiles(Path(address))
+    if scheme_of(address) not in SCHEMES:
+        raise StoreError(
+            f"{shown(address)}: {scheme_of(address)}:// is not read. A store is a folder, s3:// or https://."
+        )
     return CachedFiles(address.rstrip("/"), cache_folder(), cache_limit())
 
 
@@ -197,12 +200,14 @@ class CachedFiles:
 
     def where(self, name: str) -> str:
         """Its URL."""
-        return f"{self.url}/{name}"
+        return f"{shown(self.url)}/{name}"
 
     def latest(self, name: str) -> bytes:
         """Its bytes now, past the cache."""
-        content: bytes = self._ask(name, lambda filesystem, path: filesystem.cat_file(path))
-        return content
+        try:
+            return fetch(f"{self.url}/{name}")[0]
+        except NotThereError as error:
+            raise FileNotFoundError(self.where(name)) from error
 
     def open(self, name: str, entry: Entry) -> BinaryIO:
         """The copy in the cache, fetched where there is none yet. Raises FileNotFoundError, StoreError."""
@@ -257,32 +262,18 @@ class CachedFiles:
     def _transfer(self, name: str, entry: Entry, target: Path) -> None:
         """Copy a far file whole, and once more where it arrived damaged. Raises FileNotFoundError, StoreError."""
         for _ in range(2):
-            self._ask(name, lambda filesystem, path: filesystem.get_file(path, str(target)))
+            try:
+                download(f"{self.url}/{name}", target)
+            except NotThereError as error:
+                raise FileNotFoundError(self.where(name)) from error
             found = sha256(target)
             if found == entry["sha256"]:
                 return
         raise DigestError(
-            f"{self.where(name)} arrived damaged: its sha256 is {found}, its manifest says {entry['sha256']}. "
-            "Run `make verify` where the store was made, and publish it again."
+            f"{self.where(name)} is not what its manifest says: its sha256 is {found}, expected {entry['sha256']}. "
+            "Its session is being made again, or the file is damaged. Open the store anew when no `make prep` works on "
+            "it; if that does not help, run `make verify STORE=…`."
         )
-
-    def _ask(self, name: str, question: Callable[[Any, str], Any]) -> Any:
-        """Put a question about a far file, again where it fails. Raises FileNotFoundError, StoreError."""
-        for attempt in range(ATTEMPTS):
-            try:
-                return question(*_filesystem(self.where(name)))
-            except (FileNotFoundError, StoreError):
-                raise
-            except Exception as error:  # each protocol has errors of its own
-                if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
-                    raise
-                if attempt == ATTEMPTS - 1 or isinstance(error, PermissionError):
-                    raise StoreError(
-                        f"{self.where(name)} cannot be fetched ({type(error).__name__}: {error}). Check the address, "
-                        "the network and the credentials (of s3:// the AWS_… variables; FSSPEC_S3_ANON=true for none)."
-                    ) from error
-                time.sleep(PAUSE_S * 2**attempt)
-        raise AssertionError("the last attempt returns or raises")
 
     @contextlib.contextmanager
     def _fetching(self, place: Path) -> Iterator[None]:
@@ -305,18 +296,6 @@ class CachedFiles:
             path.unlink(missing_ok=True)
             total -= size
         self._unmeasured = 0
-
-
-def _filesystem(url: str) -> tuple[Any, str]:
-    import fsspec  # a local store needs none, and it takes a while to import
-
-    try:
-        filesystem, path = fsspec.core.url_to_fs(url)
-    except (ImportError, ValueError) as error:
-        raise StoreError(
-            f"{url}: {error} A store is a folder, or a URL whose protocol fsspec knows, as s3:// or https://."
-        ) from error
-    return filesystem, path
 
 
 def _copies(folder: Path) -> Iterator[tuple[int, int, Path]]:

@@ -3,7 +3,9 @@
 In: sealed manifests. Out: catalog.json, written under the store's lock, and an index of the sources that are in it.
 """
 
-from collections.abc import Iterator
+import os
+import stat
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +16,7 @@ from prep.store import catalog_digest, manifest_path, sanitise
 
 MANIFEST = ".manifest.json"
 STIMULI = "stimuli"
+AWAY = ".away"  # in a sealed folder whose bytes are in a bucket: prep/mirror.py has seen them there
 SESSION_KEYS = ("path", "dataset_id", "session_id", "sources", "recipe_digest", "features_version", "streams")
 RESERVED = {STIMULI, "catalog.json", "failed.jsonl"}
 
@@ -37,6 +40,11 @@ class Sealed:
     recipe_digest: str
     versions: tuple[int, int]  # format, features
     entry: dict[str, Any]
+
+    def is_made_with(self, dataset_id: str, recipe_digest: str) -> bool:
+        """Whether the same sources would be made into the same session today."""
+        made = (self.dataset_id, self.recipe_digest, self.versions)
+        return made == (dataset_id, recipe_digest, (FORMAT_VERSION, FEATURES_VERSION))
 
 
 def dataset_folder(dataset_id: str) -> str:
@@ -76,8 +84,24 @@ def has_its_files(folder: Path) -> bool:
     manifest = manifest_path(folder)
     if not manifest.exists():
         return False
+    if is_away(folder):
+        return True
     files = read_manifest(manifest)["files"]
-    return all((folder / n).is_file() and (folder / n).stat().st_size == f["bytes"] for n, f in files.items())
+    return all(_has_bytes(f"{folder}/{name}", entry["bytes"]) for name, entry in files.items())
+
+
+def _has_bytes(path: str, num_bytes: int) -> bool:
+    """Whether a file of this size is there; strings, since stores have many files."""
+    try:
+        found = os.stat(path)
+    except OSError:
+        return False
+    return stat.S_ISREG(found.st_mode) and found.st_size == num_bytes
+
+
+def is_away(folder: Path) -> bool:
+    """Whether the bytes of a sealed folder are in a bucket, and no longer here."""
+    return (folder / AWAY).exists()
 
 
 def sealed_folder(manifest: Path) -> Path:
@@ -103,12 +127,15 @@ def sealed_sessions(root: Path) -> list[Sealed]:
 
 def build(root: Path) -> dict[str, Any]:
     """The catalog that the sealed manifests add up to."""
+    return add_up((sha256(path), content) for path, content in manifests(root) if sealed_folder(path).is_dir())
+
+
+def add_up(sealed: Iterable[tuple[str, dict[str, Any]]]) -> dict[str, Any]:
+    """The catalog of manifests, each with the digest of its bytes."""
     sessions: list[dict[str, Any]] = []
     stimuli: dict[str, dict[str, Any]] = {}
-    for path, content in manifests(root):
-        if not sealed_folder(path).is_dir():
-            continue
-        seal = {"manifest_sha256": sha256(path), "num_bytes": sum(f["bytes"] for f in content["files"].values())}
+    for digest, content in sealed:
+        seal = {"manifest_sha256": digest, "num_bytes": sum(f["bytes"] for f in content["files"].values())}
         if "session" in content:
             sessions.append({**content["session"], **seal})
         else:

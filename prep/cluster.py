@@ -21,6 +21,7 @@ from distributed.utils import silence_logging_cmgr
 
 from prep.cluster_config import BATCH, ClusterConfig
 from prep.disk import StoreError
+from prep.flow import MAX_DEATHS
 from prep.plan import PrepError
 from prep.settings import ConfigError
 from prep.worker_jobs import Workforce, remembering
@@ -28,6 +29,7 @@ from prep.worker_jobs import Workforce, remembering
 CONNECT_S = 20
 LOOK_S = 0.25  # how often the watch looks
 WAITING_S = 30.0  # how often it says that there is no worker
+GONE_S = 120.0  # without a worker, where they are processes of this machine that are started again at once
 QUIET = {"distributed": "critical", "distributed.nanny": "critical", "distributed.worker": "critical"}
 # Dask has malloc hand back every 64 KiB: a shard of 32 MiB is then paid for in page faults again and again.
 MALLOC = ("MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_")
@@ -47,9 +49,14 @@ def connect(scheduler: str | None, workers: int, config: ClusterConfig | None = 
     PrepError in place of whatever the block raises, where the scheduler is lost or no worker can be had.
     """
     settings: dict[str, Any] = {"logging": QUIET, "distributed.admin.tick.limit": "60s"}
+    settings["distributed.worker.profile.enabled"] = False  # looks at every thread a hundred times a second
     settings |= {f"distributed.nanny.pre-spawn-environ.{name}": KEPT_BYTES for name in MALLOC}
-    if config is not None:
-        settings["distributed.scheduler.allowed-failures"] = config.allowed_failures
+    settings["distributed.scheduler.allowed-failures"] = 0  # `Flow` counts the deaths, and knows better who is to blame
+    settings[MAX_DEATHS] = 3 if config is None else 1 + config.allowed_failures
+    settings["distributed.scheduler.work-stealing"] = False  # `Flow` says which worker does what
+    if config is None or config.kind == "local":
+        # Dask looks 15 s after a death, and closes for good whoever is just then starting once more.
+        settings["distributed.deploy.lost-worker-timeout"] = "1 day"
     with dask.config.set(settings), contextlib.ExitStack() as stack:
         stack.enter_context(silence_logging_cmgr(logging.CRITICAL, root="distributed.client"))  # the watch speaks
         if scheduler is not None:
@@ -259,7 +266,7 @@ class _Watch:
         since = time.monotonic()
         said = since
         while not self.end.wait(LOOK_S):
-            problem = self._lost() or self._without_jobs()
+            problem = self._lost() or self._without_jobs() or self._without_processes(time.monotonic() - since)
             with self.lock:
                 if problem and not self.end.is_set():
                     self.problem = problem
@@ -288,6 +295,14 @@ class _Watch:
             f"no worker to be had: {problem}. Check the cluster file ({self.config.kind}) and what --dry-run prints, "
             f"and see what jobs print, in {self.config.log_directory}. They are to reach {self.address} from their "
             "nodes (interface). What is sealed stays."
+        )
+
+    def _without_processes(self, seconds: float) -> str:
+        if seconds < GONE_S or not isinstance(self.cluster, LocalCluster):
+            return ""
+        return (
+            f"no worker for {seconds:.0f} s: the worker processes end, and cannot be started again. Is there memory "
+            "left on this machine? What is sealed stays. Run the same command again to go on."
         )
 
     def _asked(self) -> str:

@@ -13,7 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 from prep.disk import StoreError
-from prep.remote import Listed, RemoteError, ask, is_url, list_s3, shown
+from prep.remote import ask
+from prep.s3 import list_objects
+from prep.urls import Listed, RemoteError, is_url, shown
 
 STAGE = ".stage"  # inside the store, where nothing else is said
 LIST = "@"  # @list.txt: one source per line
@@ -170,7 +172,7 @@ def _behind(url: str, staging: Staging, dataset_id: str | None) -> Iterator[Inpu
     """A file behind a URL, or those below an S3 prefix."""
     is_s3 = url.lower().startswith("s3://")
     base = url.rstrip("/") if is_s3 else url
-    objects = list_s3(base) if is_s3 else []
+    objects = list_objects(base) if is_s3 else []
     if not objects:
         found = [(base, _name(url), False)]
     elif is_nwb_folder(base) or {".zgroup", "zarr.json"} & {row.path.as_posix() for row in objects}:

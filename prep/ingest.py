@@ -4,27 +4,29 @@ In: NWB files or folders, a recipe, a store. Out: sealed sessions, catalog.json,
 """
 
 import argparse
-import math
+import contextlib
 import signal
 import sys
 import time
-from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from dask.system import CPU_COUNT
-from distributed import Client, Future, KilledWorker, as_completed
+from distributed import Client
 
 import prep.catalog
 import prep.cluster_config
-from prep.catalog import Source, sealed_sessions
+from prep.catalog import Sealed, Source, sealed_sessions
 from prep.cluster import connect, job_script
 from prep.disk import StoreError, locked
 from prep.files import STAGE, InputFile, Staging, find_files
+from prep.flow import Flow, Task
 from prep.ingest_report import Outcome, print_table, write_failures
+from prep.jobs import Job, Look, StimulusJob, batched, is_small, named, shard_runs
+from prep.mirror import Mirror, destination
+from prep.patience import PATIENCE_S
 from prep.plan import PlannedStimulus, SessionPlan
 from prep.progress import State, shown
 from prep.runs import check_is_store, run_of_its_own, tidy
@@ -33,16 +35,16 @@ from prep.tasks import (
     Failed,
     Planned,
     Planner,
+    alike,
     finish_task,
-    guarded,
-    one_line,
+    look_task,
     plan_from_nwb,
     plan_task,
     shard_task,
+    stimulus_task,
 )
 from prep.write_session import (
     Target,
-    finish_stimulus,
     num_stimulus_shards,
     renamed,
     runs_of_shards,
@@ -53,133 +55,26 @@ from prep.write_session import (
 
 MAX_WORKERS = 8
 INTERRUPTED = 130  # what a shell expects of a program that SIGINT stopped
-LANES_S = 2.0  # how often the number of workers is asked for: clusters grow and shrink
-
-
-# ---------------------------------------------------------------- tasks in flight
-
-
-@dataclass(eq=False)
-class Task:
-    """One call for a worker; arguments that are Tasks stand for their results."""
-
-    where: str
-    on_done: Callable[[Any], None]  # gets the result, or a Failed
-    function: Callable[..., Any]
-    args: tuple[Any, ...]
-    future: Future | None = None
-    is_second_try: bool = False
-    is_dropped: bool = False
-
-
-class Flow:
-    """Keeps as many tasks in flight as there are worker threads, those that finish a session first, plans last.
-
-    Dask itself would hand out all tasks at once, and blame all those of a worker that dies for its death.
-    """
-
-    def __init__(self, client: Client) -> None:
-        self.client = client
-        self.urgent: deque[Task] = deque()
-        self.later: deque[Task] = deque()
-        self.flying: dict[Future, Task] = {}
-        self.landed = as_completed()
-        self.lanes, self.asked = 1, -math.inf
-
-    def run(self, show: Callable[[], None]) -> None:
-        """Work until nothing is left, which tasks may add to when they are done."""
-        while self._launch():
-            if not self._has_landed():
-                show()
-                continue
-            future = next(self.landed)
-            if future.cancelled():
-                raise RuntimeError("the scheduler is lost")  # `connect` says it in words
-            if future.status in ("lost", "pending"):  # its result died with its worker: it is being computed again
-                self.landed.add(future)
-                continue
-            task = self.flying.pop(future)
-            if future.status == "error" and not task.is_second_try:  # it may only have been beside the one to blame
-                task.is_second_try = True
-                self.urgent.appendleft(task)
-            elif not task.is_dropped:
-                task.on_done(self._result(future, task.where))
-            show()
-
-    def _has_landed(self) -> bool:
-        """Whether a task came back within a second; else there may be new workers, which wait for theirs."""
-        with self.landed.thread_condition:
-            return bool(self.landed.has_ready() or self.landed.thread_condition.wait(1.0))
-
-    def _launch(self) -> bool:
-        if time.monotonic() - self.asked > LANES_S:
-            self.lanes, self.asked = max(1, sum(self.client.nthreads().values())), time.monotonic()
-        while len(self.flying) < self.lanes and (self.urgent or self.later):
-            task = (self.urgent or self.later).popleft()
-            if not task.is_dropped:
-                args = [arg.future if isinstance(arg, Task) else arg for arg in task.args]
-                # Not `workers=`: where such a worker dies, Dask 2026.8 leaves the task waiting for it for ever.
-                task.future = self.client.submit(guarded, task.where, task.function, *args, pure=False)
-                self.flying[task.future] = task
-                self.landed.add(task.future)
-        return bool(self.flying)
-
-    def _result(self, future: Future, where: str) -> Any:
-        if future.status == "finished":
-            return future.result()
-        if isinstance(future.exception(), KilledWorker):
-            return Failed(where, "worker processes died of it, perhaps for want of memory; try fewer --workers.")
-        return Failed(where, one_line(future.exception()))
-
-
-# ---------------------------------------------------------------- the state of one run
-
-
-@dataclass
-class Job:
-    """One session's input files on their way through the store."""
-
-    number: int
-    file: InputFile
-    outcome: Outcome
-    started: float = 0.0
-    planning: Task | None = None  # shards take its result as input, so a plan crosses the wire once
-    header: Planned | None = None
-    target: Target | None = None
-    session_id: str = ""
-    pending: set[Task] = field(default_factory=set)
-    stimuli: set[str] = field(default_factory=set)  # not sealed yet
-    is_finishing: bool = False
-    num_shards: int = 0
-
-    @property
-    def is_over(self) -> bool:
-        return self.outcome.state != "running"
-
-
-@dataclass
-class StimulusJob:
-    """Pixels on their way into the store, for every session that shows them."""
-
-    stimulus: PlannedStimulus
-    pending: set[Task] = field(default_factory=set)
-    failed: Failed | None = None
-
-
-def _named(first: int, stop: int) -> str:
-    """Shards [first, stop) in words."""
-    return f"shard {first}" if stop == first + 1 else f"shards {first} to {stop - 1}"
 
 
 class Run:
     """One ingest: hands tasks to the cluster, and advances each session when its tasks come back."""
 
-    def __init__(self, client: Client, root: Path, run: str, recipe_digest: str, is_dry: bool) -> None:
-        self.root, self.run, self.recipe_digest, self.is_dry = root, run, recipe_digest, is_dry
-        self.flow = Flow(client)
+    def __init__(
+        self,
+        flow: Flow,
+        root: Path,
+        run: str,
+        recipe_digest: str,
+        is_dry: bool,
+        far: Mirror | None = None,
+    ) -> None:
+        self.root, self.run, self.recipe_digest, self.is_dry, self.far = root, run, recipe_digest, is_dry, far
+        self.flow = flow
         self.jobs: list[Job] = []
         self.next_to_name = 0
-        self.claimed: dict[str, tuple[Source, ...]] = {}  # by folder
+        self.claimed: set[str] = set()  # folders
+        self.done: dict[tuple[Source, ...], str] = {}  # where what this run has seen lies
         self.stimuli: dict[str, StimulusJob] = {}
         self.sealed = [] if is_dry and not root.is_dir() else sealed_sessions(root)
         self.owner = {sealed.folder: sealed for sealed in self.sealed}
@@ -187,23 +82,48 @@ class Run:
     def submit(self, on_done: Callable[[Any], None], where: str, function: Callable[..., Any], *args: Any) -> Task:
         """Queue a task; `on_done` gets its result, or a Failed."""
         task = Task(where, on_done, function, args)
-        if function is plan_task:
+        if function in (plan_task, look_task):
             self.flow.later.append(task)
-        elif function in (finish_task, finish_stimulus):  # what is whole is sealed before anything new is begun
+        elif function in (finish_task, stimulus_task):  # what is whole is sealed before anything new is begun
             self.flow.urgent.appendleft(task)
         else:
             self.flow.urgent.append(task)
         return task
 
     def start(self, files: Sequence[InputFile], planner: Planner, recipe: Any) -> None:
-        """Submit the planning of every session's files."""
+        """Submit the planning of every session's files, but for those that are there already."""
+        known: dict[tuple[str, ...], list[Sealed]] = {}
+        for session in self.sealed:
+            known.setdefault(tuple(source.file for source in session.sources), []).append(session)
+        looks: list[Look] = []
         for number, file in enumerate(files):
             job = Job(number, file, Outcome(file.label))
             self.jobs.append(job)
-            names = {path.name for path in file.paths}
-            mine = [s for s in self.sealed if any(source.file in names for source in s.sources)]
-            args = (planner, file, recipe, self.recipe_digest, self.root, mine)
-            job.planning = self.submit(partial(self._planned, job), "", plan_task, *args)
+            same_names = known.get(tuple(path.name for path in file.paths), ())
+            mine = [s for s in same_names if s.is_made_with(file.dataset_id, self.recipe_digest)]
+            plan = partial(self._plan, job, planner, recipe, mine)
+            candidates = [] if file.remotes else [s for s in mine if alike(file, s.sources)]
+            looks.append((job, candidates, plan)) if candidates else plan()
+        self._look(looks)
+
+    def _plan(self, job: Job, planner: Planner, recipe: Any, mine: Sequence[Sealed]) -> None:
+        args = (planner, job.file, recipe, mine, self.root)
+        job.planning = self.submit(partial(self._planned, job), "", plan_task, *args)
+
+    def _look(self, looks: Sequence[Look]) -> None:
+        """Find out what is there already: here where that takes about a second, else the workers do it."""
+        batches = batched(looks)
+        for batch in batches:
+            args = ([job.file for job, _, _ in batch], [sealed for _, sealed, _ in batch], self.root)
+            if len(batches) == 1:
+                self._looked(batch, look_task(*args))
+            else:
+                self.submit(partial(self._looked, batch), "", look_task, *args)
+
+    def _looked(self, batch: Sequence[Look], result: Sequence[Planned | None] | Failed) -> None:
+        found = [None] * len(batch) if isinstance(result, Failed) else result
+        for (job, _, plan), planned in zip(batch, found, strict=True):
+            plan() if planned is None else self._planned(job, planned)
 
     def _planned(self, job: Job, result: Planned | Failed) -> None:
         if isinstance(result, Failed):
@@ -224,9 +144,9 @@ class Run:
         assert job.header is not None
         sources, plan, sealed = job.header.sources, job.header.plan, job.header.sealed
         job.outcome.refused, job.outcome.coverage = job.header.refused, job.header.counts
-        if sealed is not None or sources in self.claimed.values():
-            folder = next((f for f, claim in self.claimed.items() if claim == sources), sealed.folder if sealed else "")
-            self.claimed[folder] = sources
+        if sealed is not None or sources in self.done:
+            folder = self.done.setdefault(sources, sealed.folder if sealed else "")
+            self.claimed.add(folder)
             self._end(job, "already there", f"as {folder}")
             if sealed is not None:
                 job.outcome.count(sealed.entry["streams"])
@@ -236,18 +156,19 @@ class Run:
         if folder in self.claimed or self._is_of_another_file(folder, sources):
             plan = renamed(plan, sources)
             folder = session_folder(plan.dataset_id, plan.session_id)
-        self.claimed[folder] = sources
+        self.claimed.add(folder)
+        self.done[sources] = folder
         job.session_id = plan.session_id
         job.target = Target(
             root=self.root, folder=folder, run=self.run, sources=sources, recipe_digest=self.recipe_digest
         )
-        self._write(job, plan)
+        self._write(job, plan, sources)
 
     def _is_of_another_file(self, folder: str, sources: Sequence[Source]) -> bool:
         owner = self.owner.get(folder)
         return owner is not None and not {known.file for known in owner.sources} & {source.file for source in sources}
 
-    def _write(self, job: Job, plan: SessionPlan) -> None:
+    def _write(self, job: Job, plan: SessionPlan, sources: Sequence[Source]) -> None:
         job.outcome.count([{"num_tokens": stream.spec.num_tokens} for stream in plan.streams])
         job.header = None  # the client keeps no clocks: the plan stays with the workers
         if self.is_dry:
@@ -256,12 +177,15 @@ class Run:
                 job, "would be ingested", f"as {session_folder(plan.dataset_id, job.session_id)}, {shards} shards"
             )
             return
-        for number, stream in enumerate(plan.streams):
-            where = f"streams/{stream.spec.name}" + (f" ({stream.spec.origin})" if stream.spec.origin else "")
-            for first, stop in runs_of_shards(stream.reader, stream.spec.num_shards):
-                self._submit_shards(job, f"{where}, {_named(first, stop)}", number, first, stop)
         for stimulus in plan.stimuli:
             self._want_stimulus(job, stimulus)
+        if job.is_over:  # an earlier session has shown that the stimulus cannot be written
+            return
+        if is_small(plan, sources):
+            job.runs = shard_runs(plan)
+        else:
+            for run in shard_runs(plan):
+                self._submit_shards(job, *run)
         job.num_shards = len(job.pending)
         self._advance(job)
 
@@ -278,14 +202,14 @@ class Run:
             return
         job.is_finishing = True
 
-        def done(result: dict[str, Any] | Failed) -> None:
+        def done(result: Failed | None) -> None:
             if isinstance(result, Failed):
                 self._fail(job, result)
             else:
                 state = "partly" if job.outcome.refused else "ok"
                 self._end(job, state, f"as {job.target.folder}" if job.target else "")
 
-        self.submit(done, "finish", finish_task, job.planning, job.target, job.session_id)
+        self.submit(done, "finish", finish_task, job.planning, job.target, job.session_id, self.far, job.runs)
 
     # ------------------------------------------------------------ stimuli
 
@@ -309,10 +233,10 @@ class Run:
             if isinstance(result, Failed):
                 self._stimulus_done(shared, result)
             elif not shared.pending and shared.failed is None:
-                args = (finish_stimulus, self.root, self.run, shared.stimulus)
+                args = (stimulus_task, self.root, self.run, shared.stimulus, self.far)
                 self.submit(partial(self._stimulus_done, shared), where, *args)
 
-        where = f"stimuli/{shared.stimulus.digest}, {_named(first, stop)}"
+        where = f"stimuli/{shared.stimulus.digest}, {named(first, stop)}"
         task = self.submit(done, where, write_stimulus_shards, self.root, self.run, shared.stimulus, first, stop)
         shared.pending.add(task)
 
@@ -347,23 +271,36 @@ def run_ingest(
     files: Sequence[InputFile],
     root: Path,
     recipe: Any,
-    client: Client,
+    workers: Callable[[], Client],
     *,
     planner: Planner,
     is_dry: bool = False,
+    far: Mirror | None = None,
+    patience_s: float = PATIENCE_S,
 ) -> list[Outcome]:
-    """Ingest `files` into the store at `root` with the workers of `client`; one outcome per session, in order."""
+    """Ingest `files` into the store at `root` with `workers`; one outcome per session, in order.
+
+    `workers` gives their client; it is not asked where there is nothing for them to do.
+    `far`: the bucket to which the store goes; `root` is then where it is built.
+    """
     root = root.resolve()
+    flow = Flow(workers, patience_s)
+    if far is not None:
+        far.gather(is_dry=is_dry)
     check_is_store(root)
     if is_dry:
-        return _drive(Run(client, root, "dry", recipe.digest(), True), files, planner, recipe)
+        return _drive(Run(flow, root, "dry", recipe.digest(), True), files, planner, recipe)
     root.mkdir(parents=True, exist_ok=True)
     (root / "failed.jsonl").unlink(missing_ok=True)
     with run_of_its_own(root) as name:
-        outcomes = _drive(Run(client, root, name, recipe.digest(), False), files, planner, recipe)
+        outcomes = _drive(Run(flow, root, name, recipe.digest(), False, far), files, planner, recipe)
         with locked(root):
             write_failures(root, outcomes)
-        prep.catalog.write(root)
+        if far is None:
+            prep.catalog.write(root)
+        else:
+            far.publish_failures()
+            far.publish()
     return outcomes
 
 
@@ -383,7 +320,8 @@ def configure(parser: argparse.ArgumentParser) -> None:
     """Options of `python -m prep ingest`."""
     what = "NWB files, folders searched for them, https:// and s3:// URLs, @list.txt with one of these per line"
     parser.add_argument("sources", nargs="+", metavar="SRC", help=what)
-    parser.add_argument("--out", required=True, type=Path, metavar="STORE", help="the token store to add to")
+    parser.add_argument("--out", required=True, metavar="STORE", help="the token store to add to: a folder, s3://…")
+    parser.add_argument("--build", type=Path, metavar="DIR", help="where a store at s3:// is built, for all workers")
     parser.add_argument("--recipe", type=Path, metavar="R.yaml", help="what to make of ambiguous files")
     who = parser.add_mutually_exclusive_group()
     who.add_argument("--scheduler", metavar="ADDR", help="a Dask scheduler, e.g. tcp://10.0.0.1:8786")
@@ -392,6 +330,8 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dataset", metavar="NAME", help="dataset_id; else the recipe's, else the folder's name")
     parser.add_argument("--stage", type=Path, metavar="DIR", help="where files behind URLs lie meanwhile (OUT/.stage)")
     parser.add_argument("--keep-staged", action="store_true", help="keep them when their sessions are sealed")
+    hung = "a task that does nothing for so long has its worker ended, and its session fails (%(default)g)"
+    parser.add_argument("--patience", type=float, default=PATIENCE_S / 60, metavar="MINUTES", help=hung)
     parser.add_argument("--dry-run", action="store_true", help="write nothing: plan, print the cluster's job script")
 
 
@@ -402,22 +342,31 @@ def main(args: argparse.Namespace) -> int:
     cluster = None if args.cluster is None else prep.cluster_config.load(args.cluster)
     if args.workers < 1:
         raise StoreError(f"--workers {args.workers}: at least one worker is needed.")
+    if not args.patience > 0:
+        raise StoreError(f"--patience {args.patience:g}: expected minutes, more than 0.")
     recipe = prep.recipe.load(args.recipe)
-    staging = Staging(folder=(args.stage or args.out / STAGE).resolve(), is_kept=args.keep_staged)
-    files = find_files(args.sources, args.dataset or recipe.dataset_id, args.out, recipe.join, staging)
+    root, far = destination(args.out, args.build)
+    staging = Staging(folder=(args.stage or root / STAGE).resolve(), is_kept=args.keep_staged)
+    files = find_files(args.sources, args.dataset or recipe.dataset_id, root, recipe.join, staging)
     if cluster is not None and args.dry_run:
         print(job_script(cluster))
         cluster = None  # plans are made here: nothing is submitted
     before = signal.signal(signal.SIGTERM, signal.default_int_handler)  # a batch system's stop is as clean as Ctrl-C
     try:
-        with connect(args.scheduler, min(args.workers, MAX_WORKERS * len(files)), cluster) as client:
-            outcomes = run_ingest(files, args.out, recipe, client, planner=plan_from_nwb, is_dry=args.dry_run)
+        with contextlib.ExitStack() as stack:
+            num_workers = min(args.workers, MAX_WORKERS * len(files))
+            how = {"is_dry": args.dry_run, "far": far, "patience_s": 60 * args.patience}
+
+            def workers() -> Client:
+                return stack.enter_context(connect(args.scheduler, num_workers, cluster))
+
+            outcomes = run_ingest(files, root, recipe, workers, planner=plan_from_nwb, **how)
     except KeyboardInterrupt:
         print("Interrupted: what is sealed stays. Run the same command again to go on.", file=sys.stderr)
         return INTERRUPTED
     finally:
         signal.signal(signal.SIGTERM, before)
     if not args.dry_run:
-        tidy(args.out)
+        tidy(root)
     print_table(outcomes, "would be ingested" if args.dry_run else "are in the store")
     return 1 if any(outcome.is_failure for outcome in outcomes) else 0

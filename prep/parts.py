@@ -34,7 +34,7 @@ def write_part(partial: Path, name: str, files: Mapping[str, Any], arrays: Mappi
     buffer = io.BytesIO()
     text = np.frombuffer(json.dumps(dict(files)).encode(), np.uint8)
     np.savez(buffer, **{"files.json": text, **arrays})  # type: ignore[arg-type]
-    write_bytes(partial / FOLDER / f"{name}.npz", buffer.getbuffer())
+    write_bytes(partial / FOLDER / f"{name}.npz", buffer.getbuffer(), is_kept=False)
 
 
 def read_part(partial: Path, name: str) -> ShardPart:

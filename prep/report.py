@@ -15,6 +15,7 @@ from prep.report_data import NOT_GIVEN, UNREADABLE, Json, Summary, clip, summari
 from prep.report_pictures import dataset_picture, session_pictures
 from prep.settings import SPLITS, ConfigError
 from prep.store import Store
+from prep.urls import scheme_of
 from prep.write_session import software_version
 
 MAX_PICTURED = 24  # sessions with pictures, about 0.3 MB each
@@ -24,13 +25,13 @@ TEMPLATE = Path(__file__).with_name("report.html")
 
 def configure(parser: argparse.ArgumentParser) -> None:
     """The arguments of `report`."""
-    parser.add_argument("store", type=Path, help="a token store")
+    parser.add_argument("store", help="a token store: a folder, s3://…, https://…")
     parser.add_argument("--out", type=Path, default=Path("report.html"), help="the file to write (%(default)s)")
 
 
 def main(args: argparse.Namespace) -> int:
     """Write the report; 0, also where the store holds little or nothing."""
-    if args.out.resolve().is_relative_to(args.store.resolve()):
+    if not scheme_of(args.store) and args.out.resolve().is_relative_to(Path(args.store).resolve()):
         raise ConfigError(
             f"--out {args.out} lies inside the store {args.store}, where `make verify` takes it for a foreign file. "
             "Give a path outside of it, such as report.html."

@@ -7,7 +7,6 @@ import json
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,7 +14,7 @@ import numpy.typing as npt
 
 from prep.nwb.inventory import COLUMN_TYPES
 from prep.settings import FEATURE_NAMES, MODALITIES, STREAM_FEATURES
-from prep.store import Session, Store
+from prep.store import FAILURES, Session, Store
 
 NS_PER_HOUR = 3600e9
 MAX_POOL = 50_000  # distinct rows of coverage, and of the audit, that a report holds: about 8 MB each
@@ -89,7 +88,7 @@ class Summary:
 
 def summarise(store: Store) -> Summary:
     """Read all sessions of a store, one after the other; a damaged one is listed with what is wrong with it."""
-    summary = Summary(failures=read_failures(store.root / "failed.jsonl"))
+    summary = Summary(failures=read_failures(store.failures()))
     for index, entry in enumerate(store.entries):
         row = session_row(entry)
         try:
@@ -183,17 +182,15 @@ def total(rows: Sequence[Mapping[str, Any]]) -> Json:
     }
 
 
-def read_failures(path: Path) -> list[Json]:
-    """Files that the last ingest did not take: file, state, object, error; [] where there is no such list."""
-    if not path.exists():
-        return []
+def read_failures(text: str) -> list[Json]:
+    """Files that the last ingest did not take: file, state, object, error."""
     rows = []
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines()[:MAX_REFUSED]:
+    for line in text.splitlines()[:MAX_REFUSED]:
         try:
             row = json.loads(line)
             rows.append({name: clip(str(row.get(name, ""))) for name in ("file", "state", "object", "error")})
         except (ValueError, AttributeError):
-            rows.append({"file": "", "state": "unreadable line", "object": path.name, "error": clip(line)})
+            rows.append({"file": "", "state": "unreadable line", "object": FAILURES, "error": clip(line)})
     return rows
 
 

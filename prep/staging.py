@@ -22,11 +22,12 @@ from typing import Any
 from prep.catalog import Source
 from prep.disk import StoreError, locked, read_json, write_json
 from prep.files import RemoteFile
-from prep.remote import Answer, Listed, RemoteError, ask, download, list_s3, shown
+from prep.remote import ask, download
+from prep.s3 import NUM_STREAMS, list_objects
+from prep.urls import Answer, Listed, RemoteError, shown
 from prep.write_session import source_of
 
 RESERVE_BYTES = 2**28  # of the disk, that stay free
-NUM_STREAMS = 16  # of an NWB-Zarr folder, which is many little files
 PIECE = ".brainloom-part"
 
 
@@ -83,7 +84,7 @@ def look(remote: RemoteFile) -> Offer:
     if not remote.is_folder:
         answer = ask(remote.url)
         return Offer(size=answer.size, fingerprint=answer.fingerprint, answer=answer)
-    objects = tuple(list_s3(remote.url))
+    objects = tuple(list_objects(remote.url))
     if not objects:
         raise RemoteError(f"{shown(remote.url)}: there is nothing below it any more. Check the URL.")
     for row in objects:

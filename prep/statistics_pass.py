@@ -115,23 +115,75 @@ class _Sums:
         """Add tokens (k, S, P); `is_neighbour` (k,): follows the token before without a gap."""
         k, num_sources, num_samples = values.shape
         x = values.reshape(k, -1).astype(np.float64)  # columns: source by source, sample by sample
+        if self._is_whole(values, x):
+            self._set_shift(x.reshape(values.shape), np.ones((1, num_sources, 1), np.bool_))
+            x -= np.repeat(self.shift, num_samples)
+            self._add_whole(x, num_samples, is_neighbour)
+            return
         seen = ~is_missing(values, self.spec.rows().fill).reshape(k, -1)
         seen &= np.isfinite(x)
-        is_whole = bool(seen.all())
         self._set_shift(x.reshape(values.shape), seen.reshape(values.shape))
         x -= np.repeat(np.nan_to_num(self.shift), num_samples)
-        if not is_whole:
-            x[~seen] = 0.0
-        self._add_samples(x, seen, num_samples, is_whole)
-        total, num_seen = x[:, ::num_samples].copy(), seen[:, ::num_samples].astype(np.float64)
-        for place in range(1, num_samples):
-            total += x[:, place::num_samples]
-            num_seen += seen[:, place::num_samples]
+        x[~seen] = 0.0
+        self._add_samples(x, seen, num_samples)
+        total, num_seen = _totals(x, num_samples), _totals(seen.astype(np.float64), num_samples)
         whole = num_seen == num_samples
-        moments = self.moments["sums"]
         kept = np.where(whole, total, 0.0)
-        moments += np.stack([whole.sum(0), kept.sum(0), (kept * kept).sum(0), np.zeros(num_sources)])
+        self.moments["sums"] += np.stack([whole.sum(0), kept.sum(0), (kept * kept).sum(0), np.zeros(num_sources)])
         self._add_tokens(ratio(total, num_seen), num_seen > 0, is_neighbour)
+
+    def _is_whole(self, values: npt.NDArray[Any], x: Float) -> bool:
+        """Whether every sample was observed, which most blocks are."""
+        if self.spec.kind == "counts":
+            return not is_missing(values, self.spec.rows().fill).any()
+        return bool(np.isfinite(x.sum()))  # any sample that is not finite makes the sum so
+
+    def _add_whole(self, x: Float, num_samples: int, is_neighbour: Bool) -> None:
+        """Add tokens (k, S * P) about the shift, all observed: the same sums as of any, in fewer passes."""
+        k, num_sources = len(x), self.spec.num_sources
+        by_source = (num_sources, num_samples)
+        square = x * x
+        first, second = x.sum(0).reshape(by_source), square.sum(0).reshape(by_source)
+        third = _products(square, x).reshape(by_source)
+        n = np.full(num_sources, float(k))
+        self.moments["samples"] += np.stack([n * num_samples, first.sum(1), second.sum(1), third.sum(1)])
+        if num_samples > 1:
+            product = _by_source(_products(x[:, 1:], x[:, :-1]), by_source)
+            ends = [table[:, side].sum(1) for table in (first, second) for side in (slice(-1), slice(1, None))]
+            self.pairs["sample_pairs"] += np.stack([n * (num_samples - 1), *ends, product])
+        mean = _totals(x, num_samples)
+        total, squares = mean.sum(0), _products(mean, mean)
+        self.moments["sums"] += np.stack([n, total, squares, np.zeros(num_sources)])
+        mean /= num_samples
+        population = mean.mean(1) + self.shift.mean()
+        if np.isnan(self.population_shift):
+            self.population_shift = float(population[0])
+        population -= self.population_shift
+        level, power = (np.full(num_sources, sums) for sums in (population.sum(), (population**2).sum()))
+        shared = np.einsum("i,ij->j", population, mean)
+        self.pairs["population"] += np.stack([n, mean.sum(0), level, squares / num_samples**2, power, shared])
+        self._add_neighbours(mean, is_neighbour)
+
+    def _add_neighbours(self, mean: Float, is_neighbour: Bool) -> None:
+        """Pairs of tokens that follow each other, of means (k, S) that were all seen."""
+        seen = np.ones((len(mean), mean.shape[1]), np.bool_)
+        self._join(mean, seen, is_neighbour)
+        x, y = mean[:-1], mean[1:]
+        if not is_neighbour[1:].all():
+            x, y = x[is_neighbour[1:]], y[is_neighbour[1:]]
+        n = np.full(mean.shape[1], float(len(x)))
+        self.pairs["token_pairs"] += np.stack(
+            [n, x.sum(0), y.sum(0), _products(x, x), _products(y, y), _products(x, y)]
+        )
+
+    def _join(self, mean: Float, seen: Bool, is_neighbour: Bool) -> None:
+        """The pair of the block before's last token and this one's first."""
+        if self.last is None:
+            self.first = mean[0], seen[0]
+        elif is_neighbour[0]:
+            both = self.last[1] & seen[0]
+            self.pairs["token_pairs"] += _pair_sums(self.last[0][None], mean[:1], both[None])
+        self.last = mean[-1].copy(), seen[-1]
 
     def _set_shift(self, x: Float, seen: Bool) -> None:
         unset = np.isnan(self.shift)
@@ -145,26 +197,19 @@ class _Sums:
         values = x.transpose(1, 0, 2).reshape(len(of_source), -1)
         self.shift[found] = values[found, of_source[found].argmax(1)]
 
-    def _add_samples(self, x: Float, seen: Bool, num_samples: int, is_whole: bool) -> None:
+    def _add_samples(self, x: Float, seen: Bool, num_samples: int) -> None:
         by_source = (self.spec.num_sources, num_samples)
         square = x * x
-        n = np.full(by_source, float(len(x))) if is_whole else seen.sum(0).reshape(by_source).astype(np.float64)
+        n = seen.sum(0).reshape(by_source).astype(np.float64)
         first, second = x.sum(0).reshape(by_source), square.sum(0).reshape(by_source)
         third = (square * x).sum(0).reshape(by_source)
         self.moments["samples"] += np.stack([n.sum(1), first.sum(1), second.sum(1), third.sum(1)])
         if num_samples == 1:
             return
-        product = _by_source((x[:, 1:] * x[:, :-1]).sum(0), by_source)
-        if is_whole:
-            counts = np.full(by_source[0], float(len(x) * (num_samples - 1)))
-            of_x = [table[:, :-1].sum(1) for table in (first, second)]
-            of_y = [table[:, 1:].sum(1) for table in (first, second)]
-        else:
-            both = seen[:, 1:] & seen[:, :-1]
-            counts = _by_source(both.sum(0).astype(np.float64), by_source)
-            of_x = [_by_source(np.where(both, table[:, :-1], 0.0).sum(0), by_source) for table in (x, square)]
-            of_y = [_by_source(np.where(both, table[:, 1:], 0.0).sum(0), by_source) for table in (x, square)]
-        self.pairs["sample_pairs"] += np.stack([counts, of_x[0], of_y[0], of_x[1], of_y[1], product])
+        both = seen[:, 1:] & seen[:, :-1]
+        tables = (both.astype(np.float64), *(np.where(both, table[:, side], 0.0) for table in (x, square)
+                  for side in (slice(-1), slice(1, None))), x[:, 1:] * x[:, :-1])  # fmt: skip
+        self.pairs["sample_pairs"] += np.stack([_by_source(table.sum(0), by_source) for table in tables])
 
     def _add_tokens(self, mean: Float, seen: Bool, is_neighbour: Bool) -> None:
         """Token means (k, S), about the shift, 0 where nothing was seen."""
@@ -174,14 +219,9 @@ class _Sums:
             self.population_shift = float(population[seen.any(1).argmax()])
         others = np.broadcast_to((population - np.nan_to_num(self.population_shift))[:, None], mean.shape)
         self.pairs["population"] += _pair_sums(mean, others, seen)
-        if self.last is None:
-            self.first = mean[0], seen[0]
-            is_neighbour = is_neighbour[1:]
-        else:
-            mean, seen = np.concatenate([self.last[0][None], mean]), np.concatenate([self.last[1][None], seen])
-        both = seen[:-1] & seen[1:] & is_neighbour[:, None]
+        self._join(mean, seen, is_neighbour)
+        both = seen[:-1] & seen[1:] & is_neighbour[1:, None]
         self.pairs["token_pairs"] += _pair_sums(mean[:-1], mean[1:], both)
-        self.last = mean[-1], seen[-1]
 
     def part(self) -> Part:
         """Central moments, which can be merged with those about another shift."""
@@ -195,6 +235,20 @@ class _Sums:
             if edge is not None:
                 part[name] = np.where(edge[1], edge[0] + shift, np.nan)
         return part
+
+
+def _products(x: Float, y: Float) -> Float:
+    """Sums (n,) of the products of the columns of x and y (k, n)."""
+    result: Float = np.einsum("ij,ij->j", x, y)
+    return result
+
+
+def _totals(x: Float, num_samples: int) -> Float:
+    """Sums (k, S) over the samples of each token, of (k, S * P)."""
+    total = x[:, ::num_samples].copy()
+    for place in range(1, num_samples):
+        total += x[:, place::num_samples]
+    return total
 
 
 def _by_source(columns: Float, by_source: tuple[int, int]) -> Float:

@@ -20,7 +20,7 @@ import numpy as np
 import numpy.typing as npt
 
 from prep.cache import Sealed, open_files
-from prep.disk import DigestError, ShardFormatError, StoreError, parse_json, sha256, write_json
+from prep.disk import DigestError, ShardFormatError, StoreError, files_below, parse_json, sha256, write_json
 from prep.mapped import Checked
 from prep.settings import COUNT_MISSING, FORMAT_VERSION, Kind, Modality
 from prep.shards import (
@@ -51,6 +51,7 @@ SHARD_BYTES = 32 * 2**20
 CHUNK_NS = 2_000_000_000
 EVENT_CHUNK = 1024
 CATALOG = "catalog.json"
+FAILURES = "failed.jsonl"
 SESSION_BYTES = 256 * 2**20  # of open sessions: clocks and manifests
 ENTRY_BYTES = 600  # of a file in a manifest, in memory
 DTYPES: dict[Kind, str] = {"counts": "uint8", "trace": "float32", "frames": "int32", "event": "float32"}
@@ -145,10 +146,9 @@ def create_stream(
         write_array(path / "type", types.astype(np.int32))
 
 
-def manifest_files(folder: Path, known: Mapping[str, dict[str, Any]] | None = None) -> dict[str, dict[str, Any]]:
-    """Every file below `folder` with its size and digest, by its relative path; those in `known` are not read again."""
-    names = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
-    return {name: (known or {}).get(name) or file_entry(folder / name) for name in names}
+def manifest_files(folder: Path) -> dict[str, dict[str, Any]]:
+    """Every file below `folder` with its size and digest, by its relative path."""
+    return {name: file_entry(folder / name) for name in files_below(folder)}
 
 
 def file_entry(path: Path) -> dict[str, Any]:
@@ -322,6 +322,13 @@ class Store:
     def digest(self) -> str:
         """One digest of all that the store holds."""
         return hashlib.sha256(self._catalog_text).hexdigest()
+
+    def failures(self) -> str:
+        """What the last ingest did not take, in lines of JSON; "" where there is nothing."""
+        try:
+            return self._files.latest(FAILURES).decode(errors="replace")
+        except FileNotFoundError:
+            return ""
 
     def _open_session(self, index: int) -> Session:
         if not 0 <= index < len(self.entries):

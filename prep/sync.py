@@ -9,8 +9,6 @@ from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
-from scipy.ndimage import median_filter
-from scipy.spatial import cKDTree
 
 from prep.plan import PrepError
 
@@ -149,6 +147,8 @@ def _pairs_by_count(reference_s: Seconds, other_s: Seconds) -> tuple[Index, Inde
 
 def _pairs_by_intervals(reference_s: Seconds, other_s: Seconds) -> tuple[Index, Index]:
     """Pulses (M,) of either train that belong together, in order."""
+    from scipy.ndimage import median_filter  # slow to import: workers that match no pulses do without
+
     a, b = reference_s - reference_s[0], other_s - other_s[0]
     offset_s, drift = _vote(a, b, *_candidates(a, b))
     expected = a + offset_s + drift * a
@@ -176,6 +176,8 @@ def _pairs_by_intervals(reference_s: Seconds, other_s: Seconds) -> tuple[Index, 
 
 def _candidates(a: Seconds, b: Seconds) -> tuple[Index, Index]:
     """Pulses of both trains whose intervals to the next two pulses are alike: (n,), (n,)."""
+    from scipy.spatial import cKDTree  # as above
+
     steps_a, steps_b = np.diff(a), np.diff(b)
     if min(len(steps_a), len(steps_b)) < 2:
         nothing = np.zeros(0, np.int64)

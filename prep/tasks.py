@@ -10,20 +10,24 @@ from pathlib import Path
 from typing import Any
 
 from prep.catalog import Sealed, Source, is_whole
-from prep.disk import StoreError, read_json
+from prep.disk import StoreError, in_words, read_json
 from prep.files import InputFile, RemoteFile
-from prep.plan import Found, PrepError, SessionPlan
+from prep.mirror import Mirror
+from prep.plan import Found, PlannedStimulus, PrepError, SessionPlan
 from prep.staging import discard, known_source, release, stage
 from prep.write_session import (
     Target,
     check,
     finish_session,
-    is_current,
+    finish_stimulus,
     renamed,
     source_of,
+    stimulus_folder,
     write_stream_shards,
 )
 
+ShardRun = tuple[str, int, int, int]  # shards of a stream that one task writes: in words, stream, first, stop
+CHANGED = "the file changed while it was being read. Run the same `make prep` again."
 Planner = Callable[[Sequence[Path], Any, str], SessionPlan]  # the files of one session, a recipe, a dataset_id
 
 
@@ -47,6 +51,7 @@ class Planned:
     refused: tuple[tuple[str, str], ...] = ()  # broken objects that were left out: path, message
     counts: dict[str, int] = field(default_factory=dict)  # of the files' objects: objects, used, skipped
     remotes: tuple[RemoteFile, ...] = ()  # what was staged for the plan
+    stamps: tuple[tuple[Path, int, int], ...] = ()  # size and time of change of each local file, before it was read
 
 
 def guarded(where: str, function: Callable[..., Any], *args: Any) -> Any:
@@ -65,11 +70,11 @@ def count_objects(coverage: Sequence[Found]) -> dict[str, int]:
 
 
 def one_line(error: BaseException) -> str:
-    """An error as one line; ours are written for people, others need their type."""
+    """An error as one line; ours are written for people, a disk's are put into words, others need their type."""
     text = " ".join(str(error).split())
-    return (
-        text if isinstance(error, PrepError | StoreError) and text else f"{type(error).__name__}: {text}".rstrip(": ")
-    )
+    if isinstance(error, PrepError | StoreError) and text:
+        return text
+    return (isinstance(error, OSError) and in_words(error)) or f"{type(error).__name__}: {text}".rstrip(": ")
 
 
 def plan_from_nwb(paths: Sequence[Path], recipe: Any, dataset_id: str) -> SessionPlan:
@@ -79,23 +84,41 @@ def plan_from_nwb(paths: Sequence[Path], recipe: Any, dataset_id: str) -> Sessio
     return plan_sessions(paths, recipe, dataset_id)
 
 
-def plan_task(
-    planner: Planner,
-    file: InputFile,
-    recipe: Any,
-    recipe_digest: str,
-    root: Path,
-    sealed: Sequence[Sealed],
-) -> Planned:
-    """Read what is in the files of a session, unless this very content was ingested with this very recipe."""
-    started = time.monotonic()
+def look_task(files: Sequence[InputFile], sealed: Sequence[Sequence[Sealed]], root: Path) -> list[Planned | None]:
+    """Which of these local files are in the store already; None where a plan has to tell what is in a file.
+
+    `sealed`: for each file, sessions whose sources are `alike`.
+    """
+    return [_look(file, sessions, root) for file, sessions in zip(files, sealed, strict=True)]
+
+
+def _look(file: InputFile, sealed: Sequence[Sealed], root: Path) -> Planned | None:
+    try:
+        return _already_there(tuple(source_of(path) for path in file.paths), sealed, root)
+    except (OSError, StoreError):  # the plan will say it
+        return None
+
+
+def alike(file: InputFile, sources: Sequence[Source]) -> bool:
+    """Whether files may be these sources, as far as can be told without reading them."""
+    is_file = [path.is_file() for path in file.paths]  # an NWB-Zarr folder's size is in its files
+    sizes = [path.stat().st_size if there else None for path, there in zip(file.paths, is_file, strict=True)]
+    known = [source.bytes if there else None for source, there in zip(sources, is_file, strict=True)]
+    return sizes == known
+
+
+def plan_task(planner: Planner, file: InputFile, recipe: Any, sealed: Sequence[Sealed], root: Path) -> Planned:
+    """Read what is in the files of a session, unless this very content was ingested with this very recipe.
+
+    `sealed`: the sessions that this recipe has made of files of these names.
+    """
+    started, stamps = time.monotonic(), () if file.remotes else _stamps(file.paths)
     for find_sources in (_known_sources, _sources):
         sources = find_sources(file, sealed)
-        for session in sealed if sources else ():
-            if is_current(session, sources, file.dataset_id, recipe_digest) and is_whole(root, session):
-                release(file.remotes, root)
-                refused = tuple((row["path"], row["message"]) for row in session.entry.get("refused", ()))
-                return Planned(sources, sealed=session, refused=refused, counts=_sealed_counts(root, session))
+        there = _already_there(sources, sealed, root)
+        if there is not None:
+            release(file.remotes, root)
+            return there
     try:
         plan = planner(file.paths, recipe, file.dataset_id)
         check(plan)
@@ -105,11 +128,21 @@ def plan_task(
     return Planned(
         sources,
         remotes=file.remotes,
+        stamps=stamps,
         plan=plan,
         seconds=time.monotonic() - started,
         refused=tuple((finding.path, finding.message) for finding in plan.refused),
         counts=count_objects(plan.coverage),
     )
+
+
+def _already_there(sources: tuple[Source, ...], sealed: Sequence[Sealed], root: Path) -> Planned | None:
+    for session in sealed:
+        if sources == session.sources and is_whole(root, session):
+            refused = tuple((row["path"], row["message"]) for row in session.entry.get("refused", ()))
+            counts = _sealed_counts(root, session) if refused else {}
+            return Planned(sources, sealed=session, refused=refused, counts=counts)
+    return None
 
 
 def _known_sources(file: InputFile, sealed: Sequence[Sealed]) -> tuple[Source, ...]:
@@ -131,10 +164,16 @@ def _sealed_counts(root: Path, session: Sealed) -> dict[str, int]:
     return count_objects([Found(**row) for row in attributes["coverage"]])
 
 
+def _stamps(paths: Sequence[Path]) -> tuple[tuple[Path, int, int], ...]:
+    """Size and time of change, by which a file that somebody still writes is noticed; folders do not tell."""
+    found = [(path, path.stat()) for path in paths if path.is_file()]
+    return tuple((path, stat.st_size, stat.st_mtime_ns) for path, stat in found)
+
+
 def plan_of(planned: Planned | Failed) -> SessionPlan:
     """The plan; a file may have changed since, where a plan was lost with its worker and made again."""
     if isinstance(planned, Failed) or planned.plan is None:
-        raise PrepError("the file changed while it was being read. Run the same `make prep` again.")
+        raise PrepError(CHANGED)
     return planned.plan
 
 
@@ -143,9 +182,26 @@ def shard_task(planned: Planned, target: Target, stream: int, first: int, stop: 
     write_stream_shards(plan_of(planned), target, stream, first, stop)
 
 
-def finish_task(planned: Planned, target: Target, session_id: str) -> dict[str, Any]:
-    """Finish a session under the id that it was given."""
+def stimulus_task(root: Path, run: str, stimulus: PlannedStimulus, far: Mirror | None) -> None:
+    """Finish a stimulus whose shards are written."""
+    finish_stimulus(root, run, stimulus)
+    if far is not None:
+        far.send(stimulus_folder(root, stimulus.digest).relative_to(root).as_posix())
+
+
+def finish_task(
+    planned: Planned, target: Target, session_id: str, far: Mirror | None, runs: Sequence[ShardRun]
+) -> Failed | None:
+    """Finish a session under the id that it was given; `runs`: of its shards, that no other task has written."""
     plan = plan_of(planned)
-    entry = finish_session(plan if session_id == plan.session_id else renamed(plan, planned.sources), target)
+    for where, *place in runs:
+        failed: Failed | None = guarded(where, write_stream_shards, plan, target, *place)
+        if failed is not None:
+            return failed
+    if planned.stamps != _stamps([path for path, _, _ in planned.stamps]):
+        raise PrepError(CHANGED)
+    finish_session(plan if session_id == plan.session_id else renamed(plan, planned.sources), target)
+    if far is not None:
+        far.send(target.folder)
     release(planned.remotes, target.root)
-    return entry
+    return None

@@ -14,6 +14,7 @@ import numpy.typing as npt
 from prep.settings import BIN_NS, COUNT_MAX, COUNT_MISSING, TOKEN_NS
 
 BINS_PER_TOKEN = TOKEN_NS // BIN_NS
+BLOCK_PLACES = 2**17  # counted at once
 Index = npt.NDArray[np.int64]
 Bool = npt.NDArray[np.bool_]
 
@@ -115,7 +116,7 @@ class CountTokens:
     def __init__(self, first_token: int, num_tokens: int, num_units: int) -> None:
         self.first_bin = first_token * BINS_PER_TOKEN
         # Spikes come unit by unit: each unit's bins lie together, so that counting stays in the cache.
-        self.counts = np.zeros((num_units, num_tokens * BINS_PER_TOKEN), np.uint16)
+        self.counts = np.zeros((num_units, num_tokens * BINS_PER_TOKEN), np.uint8)
 
     def add(self, time_ns: Index, unit: Index) -> None:
         """Count spikes (n,) of units (n,), those of other tokens aside. A spike on an edge is in the later bin."""
@@ -126,12 +127,19 @@ class CountTokens:
 
     def add_places(self, place: npt.NDArray[Any]) -> None:
         """Count spikes by their places (n,) in the flattened counts: unit * number of bins + bin."""
-        np.add.at(self.counts.reshape(-1), place, 1)
+        for first in range(0, len(place), BLOCK_PLACES):
+            self._add_block(place[first : first + BLOCK_PLACES])
+
+    def _add_block(self, place: npt.NDArray[Any]) -> None:
+        if (place[1:] < place[:-1]).any():
+            place = np.sort(place)
+        first = np.flatnonzero(np.concatenate([[True], place[1:] != place[:-1]])[: len(place)])
+        number, place, counts = np.diff(first, append=len(place)), place[first], self.counts.reshape(-1)
+        counts[place] = np.minimum(counts[place] + number, COUNT_MAX)
 
     def values(self) -> npt.NDArray[np.uint8]:
         """Counts (k, S, P), saturated at COUNT_MAX."""
-        counts = np.minimum(self.counts, COUNT_MAX).astype(np.uint8)
-        return np.ascontiguousarray(counts.reshape(len(counts), -1, BINS_PER_TOKEN).transpose(1, 0, 2))
+        return np.ascontiguousarray(self.counts.reshape(len(self.counts), -1, BINS_PER_TOKEN).transpose(1, 0, 2))
 
 
 def num_saturated(time_ns: Index, unit: Index) -> int:

@@ -4,6 +4,8 @@ In: a store. Out: a table of sessions and stimuli, each problem with its file; e
 """
 
 import argparse
+import shutil
+import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,10 +15,15 @@ import numpy as np
 
 from prep import catalog
 from prep.disk import StoreError, json_bytes, read_json, sha256
+from prep.mirror import each, folder_of, is_manifest
+from prep.remote import download
+from prep.s3 import list_objects
 from prep.shards import Array, Rows, read_array, read_with_zarr, rows_spec, sidecar_digests
+from prep.store import CATALOG, FAILURES
 from prep.text_table import table_lines
+from prep.urls import scheme_of, shown
 
-KNOWN = {"catalog.json", "failed.jsonl"}
+KNOWN = {CATALOG, FAILURES}
 
 
 @dataclass
@@ -42,6 +49,37 @@ def verify(root: Path) -> list[Checked]:
     _check_catalog(root, top)
     _check_extra(root, set(manifests), top)
     return [top, *results]
+
+
+def verify_bucket(url: str) -> list[Checked]:
+    """Check a store at s3://: each session in turn is brought to this disk, checked as any, and removed again."""
+    there = [row.path.as_posix() for row in list_objects(url)]
+    manifests = sorted(name for name in there if is_manifest(name))
+    if not manifests and CATALOG not in there:
+        raise StoreError(f"{url} is no token store: it has neither a catalog.json nor a manifest. Check the URL.")
+    with tempfile.TemporaryDirectory() as place:
+        root, results = Path(place), []
+        each([name for name in (*manifests, CATALOG) if name in there], lambda name: _bring(url, name, root))
+        for manifest in manifests:
+            folder = folder_of(manifest)
+            each([name for name in there if name.startswith(f"{folder}/")], lambda name: _bring(url, name, root))
+            results.append(check_folder(root, root / manifest))
+            shutil.rmtree(root / folder, ignore_errors=True)
+            (root / folder).mkdir()  # it counts for the catalog
+        top = Checked(CATALOG)
+        _check_catalog(root, top)
+    sealed = tuple(f"{folder_of(name)}/" for name in manifests)
+    strays = (name for name in there if name not in {*KNOWN, *manifests} and not name.startswith((".", *sealed)))
+    top.problems += [f"{name}: not sealed by a manifest; run the same `make prep` again" for name in strays]
+    return [top, *results]
+
+
+def _bring(url: str, name: str, root: Path) -> None:
+    path = root / name
+    if ".." in path.parts:
+        raise StoreError(f"{url}: the object {name!r} would leave its folder. Remove it.")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    download(f"{url}/{name}", path)
 
 
 def _check_catalog(root: Path, top: Checked) -> None:
@@ -169,12 +207,15 @@ def print_results(results: list[Checked]) -> None:
 
 def configure(parser: argparse.ArgumentParser) -> None:
     """Options of `python -m prep verify`."""
-    parser.add_argument("store", type=Path, metavar="STORE", help="the token store to check")
+    parser.add_argument("store", metavar="STORE", help="the token store to check: a folder, s3://…")
 
 
 def main(args: argparse.Namespace) -> int:
     """Exit code: 0 all is as written, 1 something differs (named)."""
-    results = verify(args.store)
+    scheme = scheme_of(args.store)
+    if scheme not in ("", "s3"):
+        raise StoreError(f"{shown(args.store)}: {scheme}:// cannot be listed. Verify the store where it was made.")
+    results = verify_bucket(args.store.rstrip("/")) if scheme else verify(Path(args.store))
     print_results(results)
     num_problems = sum(len(row.problems) for row in results)
     if num_problems:

@@ -18,8 +18,8 @@ from typing import Any, Literal
 
 import numpy as np
 
-from prep.catalog import STIMULI, Sealed, Source, dataset_folder, has_its_files, read_manifest
-from prep.disk import StoreError, locked, sha256
+from prep.catalog import STIMULI, Source, dataset_folder, has_its_files, read_manifest
+from prep.disk import StoreError, files_below, locked, sha256, written_together
 from prep.parts import Files, read_part, remove_parts, write_part
 from prep.plan import (
     FrameReader,
@@ -40,7 +40,7 @@ from prep.unit_features import unit_features
 FRAME_CHUNK_BYTES = 2**20
 PARTIAL = ".partial.zarr"
 SCRATCH = ".scratch"  # what was read and waits for its shard
-RUN_SHARDS = 4  # that one task writes: a chunk of the recording on the border of two shards is decoded once for both
+RUN_SHARDS = 16  # at most, that one task writes: a chunk of the recording on the border of two is decoded for both
 LONGEST_ID = 120  # characters of a folder's name that `sanitise` keeps
 
 
@@ -135,7 +135,8 @@ def runs_of_shards(reader: object, num_shards: int) -> list[tuple[int, int]]:
     """[first, stop) of the shards that one task writes, for each task."""
     size = 1
     if isinstance(reader, SequentialReader):
-        size = RUN_SHARDS if reader.is_divisible else max(1, num_shards)
+        half = max(1, -(-num_shards // 2))  # two workers can share it
+        size = min(half, RUN_SHARDS) if reader.is_divisible else max(1, num_shards)
     return [(first, min(first + size, num_shards)) for first in range(0, num_shards, size)]
 
 
@@ -143,8 +144,9 @@ def write_stream_shards(plan: SessionPlan, target: Target, number: int, first: i
     """One task: whole shards [first, stop) of stream `number`, with their digests and parts of the statistics."""
     spec, reader = plan.streams[number].spec, plan.streams[number].reader
     scratch = target.partial / SCRATCH / f"{spec.name}.{first}"
-    for shard, values in enumerate(_pieces(reader, spec.rows(), (first, stop), scratch), first):
-        _write_values(plan, target, number, shard, values)
+    with written_together():
+        for shard, values in enumerate(_pieces(reader, spec.rows(), (first, stop), scratch), first):
+            _write_values(plan, target, number, shard, values)
     shutil.rmtree(scratch, ignore_errors=True)
 
 
@@ -192,25 +194,29 @@ def write_stimulus_shards(root: Path, run: str, stimulus: PlannedStimulus, first
     """One task: whole shards [first, stop) of frames."""
     rows = stimulus_rows(stimulus)
     partial = partial_folder(stimulus_folder(root, stimulus.digest), run)
-    for shard, frames in enumerate(_pieces(stimulus.reader, rows, (first, stop), partial / SCRATCH), first):
-        files = write_shard(partial / "frames", rows, shard, frames)
-        write_part(partial, str(shard), {f"frames/{name}": entry for name, entry in files.items()}, {})
+    with written_together():
+        for shard, frames in enumerate(_pieces(stimulus.reader, rows, (first, stop), partial / SCRATCH), first):
+            files = write_shard(partial / "frames", rows, shard, frames)
+            write_part(partial, str(shard), {f"frames/{name}": entry for name, entry in files.items()}, {})
 
 
 def finish_stimulus(root: Path, run: str, stimulus: PlannedStimulus) -> None:
     """Seal a stimulus whose shards are written; another run may have sealed the same one: then it stays."""
     folder = stimulus_folder(root, stimulus.digest)
     partial = partial_folder(folder, run)
-    write_group(partial, {"brainloom": {"format": FORMAT_VERSION, "digest": stimulus.digest}})
-    create_rows(partial / "frames", stimulus_rows(stimulus))
+    with written_together() as written:
+        write_group(partial, {"brainloom": {"format": FORMAT_VERSION, "digest": stimulus.digest}})
+        create_rows(partial / "frames", stimulus_rows(stimulus))
     entry = {
         "digest": stimulus.digest,
         "path": folder.relative_to(root).as_posix(),
         "shape": list(stimulus.shape),
         "dtype": "uint8",
     }
-    parts = [read_part(partial, str(shard)) for shard in range(num_stimulus_shards(stimulus))]
-    publish(root, partial, folder, entry, "stimulus", {name: e for part in parts for name, e in part.files.items()})
+    files = _below(partial, written)
+    for shard in range(num_stimulus_shards(stimulus)):
+        files.update(read_part(partial, str(shard)).files)
+    publish(root, partial, folder, entry, "stimulus", files)
 
 
 # ---------------------------------------------------------------- the rest of a session
@@ -219,24 +225,30 @@ def finish_stimulus(root: Path, run: str, stimulus: PlannedStimulus) -> None:
 def finish_session(plan: SessionPlan, target: Target) -> dict[str, Any]:
     """All but the shards, then the seal. Returns the manifest's entry."""
     partial = target.partial
-    write_group(partial, {"brainloom": root_attributes(plan, target)})
-    write_group(partial / "streams")
-    known: Files = {}
-    measured = {
-        planned.spec.name: _finish_stream(plan, planned, partial, known)
-        for planned in sorted(plan.streams, key=lambda stream: stream.spec.name)
-    }
-    _write_units(plan, measured, partial / "units")
-    write_group(partial / "intervals")
-    for name, table in plan.intervals.items():
-        _write_intervals(table, partial / "intervals" / name)
-    _write_splits(plan, partial / "splits")
     missing = [s.digest for s in plan.stimuli if not manifest_path(stimulus_folder(target.root, s.digest)).exists()]
     if missing:
         raise StoreError(f"stimuli {missing} are not sealed. Run the same `make prep` again.")
+    files: Files = {}
+    with written_together() as written:
+        write_group(partial, {"brainloom": root_attributes(plan, target)})
+        write_group(partial / "streams")
+        measured = {
+            planned.spec.name: _finish_stream(plan, planned, partial, files)
+            for planned in sorted(plan.streams, key=lambda stream: stream.spec.name)
+        }
+        _write_units(plan, measured, partial / "units")
+        write_group(partial / "intervals")
+        for name, table in plan.intervals.items():
+            _write_intervals(table, partial / "intervals" / name)
+        _write_splits(plan, partial / "splits")
     entry = session_entry(plan, target)
-    publish(target.root, partial, target.root / target.folder, entry, "session", known)
+    publish(target.root, partial, target.root / target.folder, entry, "session", files | _below(partial, written))
     return entry
+
+
+def _below(folder: Path, written: Mapping[Path, dict[str, Any]]) -> Files:
+    """What a manifest says of files, by their paths inside the folder."""
+    return {path.relative_to(folder).as_posix(): entry for path, entry in written.items()}
 
 
 def publish(
@@ -245,17 +257,20 @@ def publish(
     folder: Path,
     entry: Mapping[str, Any],
     kind: Literal["session", "stimulus"],
-    known: Files,
+    files: Files,
 ) -> None:
     """Rename a finished folder into place and seal it: a kill at any point leaves it unsealed or sealed, never half.
 
-    `known`: what the manifest says of the files whose digests were made while they were written.
+    `files`: what the manifest says of all that was written; each is durable, so that no power cut leaves a seal over
+    bytes that are gone: renames and the seal follow in the file system's own order.
     """
     remove_parts(partial)
     shutil.rmtree(partial / SCRATCH, ignore_errors=True)
-    for leftover in partial.rglob(".*"):  # of a task that was killed while it wrote
-        leftover.unlink()
-    files = manifest_files(partial, known)
+    found = set(files_below(partial))
+    for leftover in found - files.keys():  # of a task that was killed while it wrote
+        (partial / leftover).unlink()
+    if missing := sorted(files.keys() - found):
+        raise StoreError(f"{partial / missing[0]} was written and is gone. Run the same `make prep` again.")
     with locked(root):
         manifest = manifest_path(folder)
         if has_its_files(folder) and (kind == "stimulus" or read_manifest(manifest)["files"] == files):
@@ -385,9 +400,3 @@ def _write_splits(plan: SessionPlan, folder: Path) -> None:
     write_array(folder / "start_ns", np.array([start for start, _, _ in plan.splits], np.int64))
     write_array(folder / "stop_ns", np.array([stop for _, stop, _ in plan.splits], np.int64))
     write_array(folder / "label", np.array([SPLITS.index(label) for _, _, label in plan.splits], np.int8))
-
-
-def is_current(sealed: Sealed, sources: tuple[Source, ...], dataset_id: str, recipe_digest: str) -> bool:
-    """Whether an earlier run has done these very files, and no others, with this recipe."""
-    wanted = (dataset_id, sources, recipe_digest, (FORMAT_VERSION, FEATURES_VERSION))
-    return (sealed.dataset_id, sealed.sources, sealed.recipe_digest, sealed.versions) == wanted

@@ -9,7 +9,6 @@ import contextlib
 import hashlib
 import json
 import os
-import resource
 import shutil
 import signal
 import subprocess
@@ -23,6 +22,7 @@ from typing import Any
 
 import numpy as np
 from nwb_builders import running, with_rois, with_units, write
+from starved import Memory, disk_of, memory_of
 
 from prep.synthetic import write_brain
 
@@ -33,6 +33,8 @@ REAL = ("head_direction_A2929.nwb", "motor_cortex_anm00239123.nwb", "allen_layou
 TABLE = ROOT / "tests" / "bench" / "CAMPAIGN_prep.jsonl"
 SEED = 20260102
 FAULTS = ("client", "worker", "scheduler", "their worker", "disk", "client", "their client", "worker", "memory", "disk")
+# When the fault comes: while nothing is done yet, as soon as the run is there, or (random) at any moment of it.
+STAGES = ("starting", "planning", "shards", "finishing", "catalog", "random")
 PATIENCE_S = 240.0
 LEAVING_S = 40.0  # until workers whose client was killed are gone
 
@@ -47,7 +49,9 @@ class Row:
     limit_mb: float  # of disk or memory; 0: none
     first_code: int | None  # exit code of the run that the fault met; None: it hung and was killed
     first_s: float
+    met: str  # what the run was at when the fault came; when it ended, for disk and memory
     sealed: int  # sessions and stimuli that were sealed when it was over
+    error: str  # what it died of, or failed with
     rerun_code: int | None
     rerun_s: float
     same_bytes: bool
@@ -71,6 +75,11 @@ class Truth:
     code: int
     seconds: float
     num_bytes: int
+
+    @property
+    def num_sealed(self) -> int:
+        """Sessions and stimuli."""
+        return sum(name.endswith(".manifest.json") for name in self.files)
 
 
 # ---------------------------------------------------------------- recordings
@@ -103,19 +112,16 @@ def write_large(folder: Path) -> Path:
 # ---------------------------------------------------------------- processes
 
 
-def command(source: Path, store: Path, scheduler: str | None = None, memory_mb: float = 0.0) -> "subprocess.Popen[str]":
+def command(
+    source: Path, store: Path, scheduler: str | None = None, memory: Memory | None = None
+) -> "subprocess.Popen[str]":
     """`python -m prep ingest` in a process of its own."""
     words = [sys.executable, "-m", "prep", "ingest", str(source), "--out", str(store), "--dataset", "d1"]
     words += ["--scheduler", scheduler] if scheduler else ["--workers", "2"]
-
-    def starve() -> None:
-        limit = int(memory_mb * 2**20)
-        resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
-
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     return subprocess.Popen(
         words, cwd=store.parent, env=environment, text=True, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
-        preexec_fn=starve if memory_mb else None,
+        preexec_fn=memory.join if memory else None,
     )  # fmt: skip
 
 
@@ -231,18 +237,20 @@ def undisturbed(work: Path) -> Truth:
 def one_run(number: int, work: Path, truth: Truth) -> Row:
     """Disturb an ingest, run it again, and compare."""
     rng = np.random.default_rng([SEED, number])
-    fault, moment_s = FAULTS[number % len(FAULTS)], float(rng.uniform(0.1, 1.0)) * truth.seconds
-    share = float(rng.uniform(0.02, 0.95))
+    fault, moment = FAULTS[number % len(FAULTS)], STAGES[(number + number // len(FAULTS)) % len(STAGES)]
+    at_s, share = float(rng.uniform(0.1, 1.0)) * truth.seconds, float(rng.uniform(0.02, 0.95))
     place = work / f"run{number}" / "deep"
     place.mkdir(parents=True)
     store, before = place / "store", stamps(work, but=place)
-    limit_mb = {"disk": share * truth.num_bytes / 1e6, "memory": 500 + 1500 * share}.get(fault, 0.0)
-    at_s = 0.0 if limit_mb else moment_s
-    started = time.monotonic()
-    disk_mb, memory_mb = (limit_mb if fault == kind else 0.0 for kind in ("disk", "memory"))
+    disk_mb = share * truth.num_bytes / 1e6 if fault == "disk" else 0.0
+    memory_mb = 110 + 90 * share if fault == "memory" else 0.0
     with disk_of(store, disk_mb) as enlarge:
-        code, said, nobody_left = disturbed(fault, work / "in", store, at_s, memory_mb, rng)
-        first_s, sealed = time.monotonic() - started, len(list(store.glob("*/*.manifest.json")))
+        started = time.monotonic()
+        with memory_of(f"{os.getpid()}_{number}", memory_mb) as memory:
+            disturb = Disturbance(fault, moment, at_s, truth.num_sealed, memory)
+            code, said, nobody_left, met, came_s = disturbed(disturb, work / "in", store, rng)
+            error = error_of(store, said, memory.num_killed() if memory else 0)
+        first_s, sealed = time.monotonic() - started, len(list(store.glob("*/[!.]*.manifest.json")))
         enlarge()
         started = time.monotonic()
         rerun_code, rerun_said = ended(command(work / "in", store))
@@ -252,9 +260,9 @@ def one_run(number: int, work: Path, truth: Truth) -> Row:
         )
         same = rerun_code == truth.code and files_of(store) == truth.files
     row = Row(
-        number=number, fault=fault, at_s=round(at_s, 2), limit_mb=round(limit_mb, 1), first_code=code,
-        first_s=round(first_s, 1), sealed=sealed, rerun_code=rerun_code, rerun_s=round(rerun_s, 1), same_bytes=same,
-        verified=verified.returncode == 0,
+        number=number, fault=fault, at_s=round(came_s, 2), limit_mb=round(disk_mb + memory_mb, 1), first_code=code,
+        first_s=round(first_s, 1), met=met, sealed=sealed, error=error, rerun_code=rerun_code,
+        rerun_s=round(rerun_s, 1), same_bytes=same, verified=verified.returncode == 0,
         nothing_outside=stamps(work, but=place) == before and {path.name for path in place.iterdir()} <= {"store"},
         nobody_left=nobody_left, said=said or rerun_said,
     )  # fmt: skip
@@ -263,22 +271,41 @@ def one_run(number: int, work: Path, truth: Truth) -> Row:
     return row
 
 
+@dataclass(frozen=True)
+class Disturbance:
+    """What happens to a run, and when."""
+
+    fault: str
+    moment: str  # one of STAGES
+    at_s: float  # where the moment is random
+    num_sealed: int  # sessions and stimuli of the whole store
+    memory: Memory | None
+
+    def is_due(self, store: Path, seconds: float) -> bool:
+        """Whether it is time."""
+        if self.moment in ("random", "starting"):
+            return seconds >= self.at_s * (1.0 if self.moment == "random" else 0.1)
+        return stage(store, self.num_sealed) in STAGES[STAGES.index(self.moment) : -1]
+
+
 def disturbed(
-    fault: str, source: Path, store: Path, at_s: float, memory_mb: float, rng: np.random.Generator
-) -> tuple[int | None, str, bool]:
-    """One ingest and its fault: exit code, last line of complaint, whether all its processes are gone."""
+    disturb: Disturbance, source: Path, store: Path, rng: np.random.Generator
+) -> tuple[int | None, str, bool, str, float]:
+    """One ingest and its fault: exit code, last complaint, whether all processes are gone; what it met, and when."""
+    fault, started = disturb.fault, time.monotonic()
     with contextlib.ExitStack() as stack:
         scratch, scheduler, address = Path(stack.enter_context(tempfile.TemporaryDirectory())), None, None
         if fault == "scheduler" or fault.startswith("their"):
             address, scheduler, workers = stack.enter_context(cluster(scratch))
-        process = command(source, store, scheduler=address, memory_mb=memory_mb)
+        process, started = command(source, store, scheduler=address, memory=disturb.memory), time.monotonic()
         family: list[int] = []
-        deadline = time.monotonic() + at_s
-        while time.monotonic() < deadline and process.poll() is None:
+        is_starved = fault in ("disk", "memory")
+        while process.poll() is None and not is_starved and not disturb.is_due(store, time.monotonic() - started):
             family = [*below(process.pid)] or family
-            time.sleep(0.02)
+            time.sleep(0.002)
+        met, came_s = stage(store, disturb.num_sealed), 0.0 if is_starved else time.monotonic() - started
+        family = [*below(process.pid)] or family
         if fault in ("client", "their client"):
-            family = [*below(process.pid)] or family
             kill(process.pid)
         elif fault == "scheduler" and scheduler is not None:
             kill(scheduler.pid)
@@ -288,22 +315,35 @@ def disturbed(
                 kill(int(victims[int(rng.integers(len(victims)))]))
         code, said = ended(process)
         nobody_left = wait(lambda: not any(is_alive(pid) for pid in family), LEAVING_S)
-    return code, said, nobody_left
+    return code, said, nobody_left, stage(store, disturb.num_sealed) if is_starved else met, came_s
 
 
-@contextlib.contextmanager
-def disk_of(store: Path, limit_mb: float) -> Iterator[Any]:
-    """A disk of its own for the store, too small until it is enlarged; with a limit of 0 the disk that is there."""
-    if not limit_mb:
-        yield lambda: None
-        return
-    store.mkdir()
-    size = f"size={int(limit_mb * 1e6)}"
-    subprocess.run(["mount", "-t", "tmpfs", "-o", size, "tmpfs", str(store)], check=True)
-    try:
-        yield lambda: subprocess.run(["mount", "-o", "remount,size=2g", str(store)], check=True)
-    finally:
-        subprocess.run(["umount", "--lazy", str(store)], check=True)
+def stage(store: Path, num_sealed: int) -> str:
+    """What an ingest is at that will have sealed so many sessions and stimuli."""
+    if (store / "catalog.json").exists():
+        return "done"
+    folders = list(store.glob("*/*.zarr"))
+    sealed = len(list(store.glob("*/[!.]*.manifest.json")))
+    if sealed >= num_sealed:
+        return "catalog"
+    if any((folder / "zarr.json").exists() for folder in folders if folder.name.startswith(".")):
+        return "finishing"
+    if len([folder for folder in folders if not folder.name.startswith(".")]) > sealed:
+        return "finishing"  # renamed, not sealed yet
+    if any((folder / "streams").exists() or (folder / "frames").exists() for folder in folders):
+        return "shards"
+    return "planning" if any((store / ".runs").glob("*")) else "starting"
+
+
+def error_of(store: Path, said: str, num_killed: int) -> str:
+    """What a run died of, or its sessions failed with, in a word."""
+    listed = store / "failed.jsonl"
+    text = said + (listed.read_text() if listed.exists() else "")
+    words = {"no space left": "disk full", "disk is full": "disk full",
+             "worker processes died": "workers died", "is lost": "scheduler lost",
+             "memoryerror": "no memory", "allocate": "no memory", "it hung": "hung"}  # fmt: skip
+    found = sorted({word for sign, word in words.items() if sign in text.lower()})
+    return ", ".join([*found, *([f"{num_killed} killed for memory"] if num_killed else [])])
 
 
 # ---------------------------------------------------------------- the table
@@ -327,6 +367,12 @@ def summary(rows: Sequence[Row]) -> str:
         codes = ", ".join(sorted({"hung" if row.first_code is None else str(row.first_code) for row in mine}))
         slowest = f"{max(row.first_s for row in mine):.0f} s | {max(row.rerun_s for row in mine):.0f} s"
         lines.append(f"| {fault} | {len(mine)} | {sum(row.is_sound for row in mine)} | {codes} | {slowest} |")
+    lines += ["", "| run | fault | came at | limit | when it was at | exit code | sealed | error | rerun | sound |",
+              "|---|---|---|---|---|---|---|---|---|---|"]  # fmt: skip
+    for row in rows:
+        code = "hung" if row.first_code is None else str(row.first_code)
+        lines.append(f"| {row.number} | {row.fault} | {row.at_s:.1f} s | {row.limit_mb:.0f} MB | {row.met} | {code} | "
+                     f"{row.sealed} | {row.error} | {row.rerun_s:.0f} s | {row.is_sound} |")  # fmt: skip
     unsound = [row for row in rows if not row.is_sound]
     lines += ["", *(f"* not sound: run {row.number} ({row.fault} at {row.at_s} s): {row.said}" for row in unsound)]
     return "\n".join(lines).rstrip() + "\n"
@@ -344,8 +390,9 @@ def campaign(num_runs: int, table: Path, work: Path, *, is_large: bool = True) -
         with open(table, "a") as file:
             file.write(json.dumps(asdict(row), sort_keys=True) + "\n")
         verdict = "sound" if row.is_sound else "NOT SOUND"
-        print(f"{number:4d} {row.fault:12s} at {row.at_s:5.1f} s, limit {row.limit_mb:6.0f} MB: code {row.first_code}, "
-              f"{row.sealed} sealed; rerun {row.rerun_s:.1f} s: {verdict} {row.said}", flush=True)  # fmt: skip
+        print(f"{number:4d} {row.fault:12s} at {row.at_s:5.1f} s, limit {row.limit_mb:6.0f} MB, {row.met}: "
+              f"code {row.first_code}, {row.sealed} sealed, {row.error}; rerun {row.rerun_s:.1f} s: {verdict} "
+              f"{row.said}", flush=True)  # fmt: skip
     rows = rows_of(table)
     table.with_suffix(".md").write_text(summary(rows))
     return rows[first:]

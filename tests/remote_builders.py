@@ -4,10 +4,14 @@ In: the bytes of files by name, and what goes wrong with each. Out: addresses, a
 fixtures, which a test file declares under the names that it uses.
 """
 
+import contextlib
 import hashlib
 import os
 import re
+import signal
+import subprocess
 import threading
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -16,8 +20,10 @@ from typing import Any, ClassVar
 
 import pytest
 
-from prep import remote
+from prep import remote, s3, urls
 from prep.files import RemoteFile, Staging, find_files
+
+PIECE = 2**14
 
 
 @dataclass
@@ -32,6 +38,7 @@ class Served:
     statuses: list[int] = field(default_factory=list)  # of each answer in turn, before it is served at all
     extra_length: int = 0  # that Content-Length says too much
     location: str = ""  # a redirect
+    slow_s: float = 0.0  # before each piece
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -75,7 +82,11 @@ class Handler(BaseHTTPRequestHandler):
             self.send_header("Content-Disposition", f'attachment; filename="{served.filename}"')
         self.end_headers()
         stop = start + served.breaks_after.pop(0) if served.breaks_after else size
-        self.wfile.write(served.content[start:stop])
+        for first in range(start, stop, PIECE):
+            if served.slow_s:
+                time.sleep(served.slow_s)
+            with contextlib.suppress(ConnectionError):  # who asked may have been killed
+                self.wfile.write(served.content[first : min(first + PIECE, stop)])
 
     def log_message(self, *args: object) -> None:
         pass
@@ -104,7 +115,7 @@ def nothing_of_this_machine(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
     monkeypatch.setenv("AWS_CONFIG_FILE", os.devnull)
     monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", os.devnull)
-    monkeypatch.setattr(remote, "BACKOFF_S", 0.001)
+    monkeypatch.setattr(urls, "BACKOFF_S", 0.001)
     monkeypatch.setattr(remote, "TIMEOUT_S", 5.0)
 
 
@@ -130,17 +141,18 @@ def empty_bucket(s3_address: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[A
     import botocore.session
 
     monkeypatch.setenv("AWS_ENDPOINT_URL", s3_address)
-    remote._s3.cache_clear()
+    s3.forget_clients()
     own = botocore.session.get_session()
     own.set_credentials("testing", "testing")
     client = own.create_client("s3", region_name="us-east-1")
     client.create_bucket(Bucket="lab")
     yield client
-    for row in client.list_objects_v2(Bucket="lab").get("Contents", []):
-        client.delete_object(Bucket="lab", Key=row["Key"])
+    for page in client.get_paginator("list_objects_v2").paginate(Bucket="lab"):
+        for row in page.get("Contents", []):
+            client.delete_object(Bucket="lab", Key=row["Key"])
     client.delete_bucket(Bucket="lab")
     client.close()
-    remote._s3.cache_clear()
+    s3.forget_clients()
 
 
 def one(url: str, tmp_path: Path, is_kept: bool = False) -> RemoteFile:
@@ -150,3 +162,9 @@ def one(url: str, tmp_path: Path, is_kept: bool = False) -> RemoteFile:
 
 def put(bucket: Any, key: str, body: bytes, acl: str = "public-read") -> None:
     bucket.put_object(Bucket="lab", Key=key, Body=body, ACL=acl)
+
+
+def kill_all(process: "subprocess.Popen[str]") -> None:
+    """Kill -9 a command that was started in a session of its own, with its workers."""
+    os.killpg(process.pid, signal.SIGKILL)
+    process.communicate()

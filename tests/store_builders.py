@@ -41,6 +41,7 @@ from prep.write_session import (
 )
 
 SECOND_NS = 1_000_000_000
+FOR_EVER_S = 10_000.0
 FRAMES_SHAPE = (7, 4, 3)
 RECIPE_DIGEST = "0" * 64
 
@@ -198,9 +199,13 @@ class FakeRecipe:
 
 
 def fake_planner(paths: Sequence[Path], recipe: Any, dataset_id: str) -> SessionPlan:
-    """Plans a file of words `session=… seed=… slow_s=… broken_at=…`; `refuse=why` refuses it, `lost=why` an object."""
+    """Plans a file of words `session=… seed=… slow_s=… broken_at=…`; `refuse=why` refuses it, `lost=why` an object.
+
+    `hangs=1` is a file of a disk that does not answer.
+    """
     path = paths[0]
     words = dict(word.split("=", 1) for word in path.read_text().split())
+    time.sleep(FOR_EVER_S if "hangs" in words else 0.0)
     if "refuse" in words:
         raise PrepError(words["refuse"].replace("_", " "))
     more = {

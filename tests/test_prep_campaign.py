@@ -13,7 +13,8 @@ import pytest
 from campaign import FAULTS, Row, Truth
 
 ROW = Row(
-    number=0, fault="client", at_s=1.5, limit_mb=0.0, first_code=-9, first_s=2.0, sealed=1, rerun_code=0, rerun_s=3.0,
+    number=0, fault="client", at_s=1.5, limit_mb=0.0, first_code=-9, first_s=2.0, met="shards", sealed=1, error="",
+    rerun_code=0, rerun_s=3.0,
     same_bytes=True, verified=True, nothing_outside=True, nobody_left=True, said="",
 )  # fmt: skip
 

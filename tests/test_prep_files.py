@@ -12,8 +12,8 @@ from remote_builders import Handler, Served, one, put
 
 from prep.disk import StoreError
 from prep.files import find_files
-from prep.remote import RemoteError
 from prep.staging import stage
+from prep.urls import RemoteError
 
 CONTENT = b"a recording"
 

@@ -60,7 +60,9 @@ def recordings(folder: Path, **texts: str) -> Path:
 
 def ingest(client: Client, folder: Path, store: Path, recipe: str = "") -> list[Outcome]:
     """One ingest of a folder into dataset d1."""
-    return run_ingest(find_files([folder], "d1", store), store, FakeRecipe(recipe), client, planner=fake_planner)
+    return run_ingest(
+        find_files([folder], "d1", store), store, FakeRecipe(recipe), lambda: client, planner=fake_planner
+    )
 
 
 def states(outcomes: list[Outcome]) -> list[str]:
@@ -279,7 +281,9 @@ def ingest_real_recipe(client: Client, folder: Path, store: Path) -> list[Outcom
     """As the command does it: with the default recipe."""
     import prep.recipe
 
-    return run_ingest(find_files([folder], "d1", store), store, prep.recipe.load(None), client, planner=fake_planner)
+    return run_ingest(
+        find_files([folder], "d1", store), store, prep.recipe.load(None), lambda: client, planner=fake_planner
+    )
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
@@ -390,7 +394,7 @@ def test_real_recordings_are_ingested_or_refused_with_one_line(client: Client, t
 
     store = tmp_path / "store"
     files = find_files([RECORDINGS], None, store)
-    outcomes = run_ingest(files, store, prep.recipe.load(None), client, planner=plan_from_nwb)
+    outcomes = run_ingest(files, store, prep.recipe.load(None), lambda: client, planner=plan_from_nwb)
     assert set(states(outcomes)) == {"ok", "partly", "refused"}
     assert sum(not outcome.is_missing for outcome in outcomes) >= 11
     assert [outcome.file for outcome in outcomes if outcome.refused] == ["allen_layout_truncated.nwb"]

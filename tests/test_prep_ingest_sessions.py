@@ -3,7 +3,9 @@
 In: stand-ins for recordings, and NWB files that nwb_builders writes. Out: stores in temporary folders.
 """
 
+import os
 from collections.abc import Callable, Iterator
+from dataclasses import replace as replace_in_plan
 from pathlib import Path
 from typing import Any
 
@@ -13,15 +15,18 @@ import pytest
 from distributed import Client
 from nwb_builders import replace, running, with_units, write
 from pynwb import NWBFile
-from store_builders import tree
+from store_builders import FakeRecipe, fake_planner, session, target, tree, write_plan
 from test_prep_ingest import PATIENCE_S, command, failures, ingest, problems, recordings, states
 
-from prep.files import find_files
+import prep.jobs
+from prep.catalog import Sealed, Source
+from prep.files import InputFile, find_files
 from prep.ingest import connect, run_ingest
 from prep.ingest_report import Outcome, print_table
 from prep.recipe import Recipe
 from prep.store import Store
-from prep.tasks import plan_from_nwb
+from prep.tasks import Failed, Planned, finish_task, plan_from_nwb
+from prep.write_session import source_of
 
 
 @pytest.fixture(scope="module")
@@ -102,7 +107,7 @@ def test_a_refused_file_is_counted_object_by_object_where_it_can_be_read(client:
 def ingest_nwb(client: Client, folder: Path, store: Path, **recipe: Any) -> list[Outcome]:
     """One ingest of real NWB files into dataset d1."""
     files = find_files([folder], "d1", store, recipe.get("join"))
-    return run_ingest(files, store, Recipe(**recipe), client, planner=plan_from_nwb)
+    return run_ingest(files, store, Recipe(**recipe), lambda: client, planner=plan_from_nwb)
 
 
 IDS = {  # session_id in the file: where the session lies
@@ -188,3 +193,87 @@ def test_joined_files_are_one_session_of_two_sources(client: Client, tmp_path: P
     assert tree(store) != before
     second.unlink()
     assert states(ingest_nwb(client, folder, store, join=JOIN)) == ["ok", "already there"]
+
+
+# ---------------------------------------------------------------- many small sessions
+
+
+def nobody() -> Client:
+    raise AssertionError("workers were asked for, with nothing to do")
+
+
+def test_nobody_is_asked_to_work_where_there_is_nothing_to_do(client: Client, tmp_path: Path) -> None:
+    folder, store = recordings(tmp_path / "in", a="session=s1", b="session=s2 lost=a_lick"), tmp_path / "store"
+    ingest(client, folder, store)
+    before, files = tree(store), find_files([folder], "d1", store)
+    again = run_ingest(files, store, FakeRecipe(), nobody, planner=fake_planner)
+    assert states(again) == ["already there", "already there"] and tree(store) == before
+    assert [outcome.num_streams for outcome in again] == [5, 5]
+    (folder / "c.nwb").write_text("session=s3")
+    with pytest.raises(AssertionError, match="with nothing to do"):
+        run_ingest(find_files([folder], "d1", store), store, FakeRecipe(), nobody, planner=fake_planner)
+
+
+def test_a_file_that_changed_and_kept_its_size_and_its_time_is_made_again(client: Client, tmp_path: Path) -> None:
+    folder, store = recordings(tmp_path / "in", a="session=s1 seed=5", b="session=s2"), tmp_path / "store"
+    ingest(client, folder, store)
+    path, before = folder / "a.nwb", tree(store)
+    found = path.stat()
+    path.write_text("session=s1 seed=7")
+    os.utime(path, ns=(found.st_atime_ns, found.st_mtime_ns))
+    assert (path.stat().st_size, path.stat().st_mtime_ns) == (found.st_size, found.st_mtime_ns)
+    assert states(ingest(client, folder, store)) == ["ok", "already there"]
+    ingest(client, folder, tmp_path / "fresh")
+    assert tree(store) == tree(tmp_path / "fresh") != before
+
+
+def test_much_to_look_at_is_looked_at_by_the_workers(
+    client: Client, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    texts = {f"r{number}": f"session=s{number} seed={number}" for number in range(5)}
+    folder, store = recordings(tmp_path / "in", **texts), tmp_path / "store"
+    ingest(client, folder, store)
+    (folder / "r1.nwb").write_text("session=s1 seed=8")  # as long as it was
+    (folder / "r3.nwb").write_text("session=s3 seed=33")
+    monkeypatch.setattr(prep.jobs, "LOOK_FILES", 2)
+    assert states(ingest(client, folder, store)) == ["already there", "ok", "already there", "ok", "already there"]
+    ingest(client, folder, tmp_path / "fresh")
+    assert tree(store) == tree(tmp_path / "fresh")
+
+
+def test_a_batch_ends_at_a_number_of_bytes_or_of_files(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(prep.jobs, "LOOK_FILES", 3)
+    monkeypatch.setattr(prep.jobs, "LOOK_BYTES", 10)
+    sizes = [4, 6, 1, 1, 1, 1, 99, 1]
+    found = prep.jobs.batched([look(size) for size in sizes])
+    assert [[one[1][0].sources[0].bytes for one in batch] for batch in found] == [[4, 6], [1, 1, 1], [1], [99], [1]]
+    assert prep.jobs.batched([]) == []
+
+
+def look(num_bytes: int) -> prep.jobs.Look:
+    file = InputFile((Path("/a.nwb"),), "a.nwb", "d1")
+    source = Source(file="a.nwb", bytes=num_bytes, sha256="")
+    sealed = Sealed(folder="", dataset_id="d1", sources=(source,), recipe_digest="", versions=(0, 0), entry={})
+    return prep.jobs.Job(0, file, Outcome("a.nwb")), [sealed], lambda: None
+
+
+def test_a_small_session_is_the_same_whether_one_task_writes_it_or_many(client: Client, tmp_path: Path) -> None:
+    folder = tmp_path / "in"
+    folder.mkdir()
+    path = write(folder, with_units([0.5, 9.0], [1.0]), "a.nwb")
+    assert states(ingest_nwb(client, folder, tmp_path / "one")) == ["ok"]
+    plan = plan_from_nwb((path,), Recipe(), "d1")
+    assert prep.jobs.is_small(plan, (source_of(path),))
+    write_plan(plan, target(tmp_path / "many", plan, Recipe().digest()))
+    found = {name: digest for name, digest in tree(tmp_path / "one").items() if name != "catalog.json"}
+    assert tree(tmp_path / "many") == found
+
+
+def test_an_error_in_a_task_that_writes_a_whole_session_names_its_place(tmp_path: Path) -> None:
+    (recording := tmp_path / "a.nwb").write_text("x")
+    plan = replace_in_plan(session(recording, "s1", broken_at=50), stimuli=())
+    place = target(tmp_path / "store", plan)
+    runs = prep.jobs.shard_runs(plan)
+    result = finish_task(Planned(place.sources, plan), place, "s1", None, runs)
+    assert result == Failed("streams/spikes (/units), shard 1", "OSError: the disk is on fire")
+    assert list((tmp_path / "store").glob("*/*.manifest.json")) == []

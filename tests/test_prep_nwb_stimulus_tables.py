@@ -244,6 +244,13 @@ def test_pictures_are_found_by_name_and_gone_at_the_stop(tmp_path: Path):
     )
 
 
+def test_a_stop_before_its_start_is_none(tmp_path: Path):
+    one, two = noise(1, 6, 8)[0], noise(1, 6, 8)[0]
+    rows = table("pairs_presentations", [1.0, 2.0, 3.0], [1.5, -1.0, 3.5], image_name=["one", "two", "one"])
+    session = plan(tmp_path, every(pictures(one=one, two=two), rows))
+    assert frames(session, "pairs_frames") == [(1.0, 0), (1.5, -1), (2.0, 1), (3.0, 0), (3.5, -1)]
+
+
 def test_a_frame_column_points_into_the_template_of_its_film(tmp_path: Path):
     film = noise(4, 6, 8)
     start_s = [1.0, 1.04, 1.08, 5.0, 5.04]

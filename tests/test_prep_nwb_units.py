@@ -3,6 +3,7 @@
 In: files that nwb_builders writes, with planted truth. Out: nothing.
 """
 
+import dataclasses
 import os
 from pathlib import Path
 
@@ -121,17 +122,37 @@ def test_blocks_change_nothing_whatever_their_size(tmp_path: Path, monkeypatch: 
     assert np.array_equal(whole.units.spike_features, parts.units.spike_features, equal_nan=True)
 
 
-def test_blocks_hold_each_spike_once_and_whole_units_where_asked(monkeypatch: pytest.MonkeyPatch):
+def test_blocks_hold_each_spike_once_and_cut_no_unit_but_those_in_order(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(prep.nwb.spikes, "BLOCK_SPIKES", 10)
+    monkeypatch.setattr(prep.nwb.spikes, "COUNT_MAX", 3)
     stops = np.array([0, 4, 9, 30, 30, 31])
     times = SpikeTimes(path=Path("x"), dataset="d", stops=stops, num_units=6)
     file = {"d": np.arange(40.0)}
-    for whole in (False, True):
-        blocks = list(times.blocks(file, whole_units=whole))
-        assert np.concatenate([time_s for time_s, _ in blocks]).tolist() == list(range(31))
-        assert np.bincount(np.concatenate([unit for _, unit in blocks]), minlength=6).tolist() == [0, 4, 5, 21, 0, 1]
-    owners = [set(unit.tolist()) for _, unit in blocks]
-    assert owners == [{1, 2}, {3}, {5}]
+    assert np.concatenate([time_s for time_s, _ in times.blocks(file)]).tolist() == list(range(31))
+    whole = list(times.blocks_in_order(file))
+    assert [set(unit.tolist()) for _, unit, _ in whole] == [{1, 2}, {3}, {5}]
+    cut = list(dataclasses.replace(times, in_order=np.ones(6, np.bool_)).blocks_in_order(file))
+    assert [(time_s[:num_old].tolist(), set(unit.tolist())) for time_s, unit, num_old in cut] == [
+        ([], {1, 2, 3}), ([9.0], {3}), ([17.0, 18.0, 19.0], {3}), ([], {5}),
+    ]  # fmt: skip
+    for blocks in (whole, cut):
+        assert np.concatenate([time_s[num_old:] for time_s, _, num_old in blocks]).tolist() == list(range(31))
+        units = np.concatenate([unit[num_old:] for _, unit, num_old in blocks])
+        assert np.bincount(units, minlength=6).tolist() == [0, 4, 5, 21, 0, 1]
+
+
+def test_bins_that_overflow_and_doubles_are_counted_once_wherever_a_unit_is_cut(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    burst = np.sort(np.concatenate([np.arange(1000) / 100, np.full(300, 5.0), 5 + np.arange(400) / 100_000]))
+    path = write(tmp_path, with_units(burst, burst[::-1]))
+    messages = []
+    for size in (10_000, 7, 64, 300):
+        monkeypatch.setattr(prep.nwb.spikes, "BLOCK_SPIKES", size)
+        messages.append([(finding.code, finding.message) for finding in plan_session(path, Recipe(), "d1").findings])
+    assert messages[0] == messages[1] == messages[2] == messages[3]
+    expected = 2 * int(np.maximum(np.bincount((burst * 50 + 1e-9).astype(int)) - 254, 0).sum())
+    assert ("saturated", f"{expected} spikes beyond 254 in one 20 ms bin are not counted") in messages[0]
 
 
 def test_spikes_of_a_far_clock_are_counted_to_the_nanosecond(tmp_path: Path):

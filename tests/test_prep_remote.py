@@ -16,14 +16,14 @@ from nwb_builders import with_units, write
 from remote_builders import Handler, Served, one, put
 from store_builders import FakeRecipe, fake_planner, tree
 
-from prep import remote, staging
+from prep import remote, s3, staging, urls
 from prep.__main__ import main
 from prep.disk import StoreError
 from prep.files import find_files
 from prep.ingest import connect, run_ingest
 from prep.ingest_report import Outcome
-from prep.remote import RemoteError
 from prep.staging import release, stage
+from prep.urls import RemoteError
 from prep.write_session import source_of
 
 CONTENT = bytes(range(256)) * 5000  # more than one piece
@@ -41,7 +41,7 @@ def client() -> Iterator[Client]:
 
 
 def ingest(client: Client, sources: list[Any], store: Path) -> list[Outcome]:
-    return run_ingest(find_files(sources, "d1", store), store, FakeRecipe(), client, planner=fake_planner)
+    return run_ingest(find_files(sources, "d1", store), store, FakeRecipe(), lambda: client, planner=fake_planner)
 
 
 def session_bytes(store: Path) -> dict[str, str]:
@@ -126,7 +126,7 @@ def test_what_a_killed_run_left_is_gone_on_with_and_never_taken_for_whole(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(remote.time, "sleep", killed)
+        patch.setattr(urls.time, "sleep", killed)
         stage(found)
     assert not found.path.exists()
     handler.requests.clear()
@@ -225,7 +225,10 @@ def test_a_full_disk_is_seen_before_the_download(
 @pytest.mark.parametrize(
     ("url", "message"),
     [
-        ("s3://nobodys/set", r"s3://nobodys/set: the server answers 404: there is no such file"),
+        (
+            "s3://nobodys/set",
+            r"s3://nobodys/set: the server answers 404 NoSuchBucket: there is no bucket 'nobodys'\. Check its",
+        ),
         ("s3://", r"names no bucket\. Expected s3://bucket/prefix"),
         ("s3://lab/nothing.nwb", r"s3://lab/nothing\.nwb: the server answers 404: there is no such file"),
     ],
@@ -243,7 +246,7 @@ def test_what_is_not_public_is_read_with_credentials(
         stage(one("s3://lab/a.nwb", tmp_path))
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", "testing")
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "testing")
-    remote._s3.cache_clear()
+    s3.forget_clients()
     assert stage(one("s3://lab/a.nwb", tmp_path)).bytes == len(CONTENT)
 
 
@@ -251,19 +254,19 @@ def test_a_broken_s3_download_is_taken_up_where_it_broke(
     bucket: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     put(bucket, "a.nwb", CONTENT)
-    found, starts, whole = one("s3://lab/a.nwb", tmp_path), [], remote._open_s3
+    found, starts, whole = one("s3://lab/a.nwb", tmp_path), [], s3.open_object
 
-    def breaking(url: str, start: int, etag: str) -> remote.Answer:
+    def breaking(url: str, start: int) -> urls.Answer:
         starts.append(start)
-        return whole(url, start, etag)
+        return whole(url, start)
 
     def pieces(body: Any) -> Iterator[bytes]:
         yield body.read(100_000)
         if len(starts) < 4:
-            raise remote.Trouble("the connection broke")
+            raise urls.Trouble("the connection broke")
         yield body.read()
 
-    monkeypatch.setattr(remote, "_open_s3", breaking)
+    monkeypatch.setattr(s3, "open_object", breaking)
     monkeypatch.setattr(remote, "_pieces", pieces)
     stage(found)
     assert found.path.read_bytes() == CONTENT and starts == [0, 0, 100_000, 200_000]

@@ -33,12 +33,12 @@ def feature(result: Statistics, name: str) -> np.ndarray[Any, Any]:
     return result.features[:, FEATURE_NAMES.index(name)]
 
 
-def counts(num_samples: int = 5) -> np.ndarray[Any, Any]:
-    """Bursty counts (700, 3, P) with a common drive, some missing."""
+def counts(num_samples: int = 5, missing: float = 0.05) -> np.ndarray[Any, Any]:
+    """Bursty counts (700, 3, P) with a common drive, a share of the tokens missing."""
     rng = np.random.default_rng(0)
     drive = np.repeat(rng.gamma(4.0, 0.25, (175, 1, 1)), 4, axis=0)
     values = rng.poisson(drive * np.array([0.2, 1.0, 3.0])[:, None], (700, 3, num_samples)).astype(np.uint8)
-    values[rng.random(700) < 0.05] = 255
+    values[rng.random(700) < missing] = 255
     return values
 
 
@@ -47,9 +47,11 @@ def correlation(x: np.ndarray[Any, Any], y: np.ndarray[Any, Any]) -> float:
     return float(np.corrcoef(x[seen], y[seen])[0, 1])
 
 
-def test_mean_scale_and_features_of_counts_equal_numpys() -> None:
-    result = statistics(counts(), "counts", "spikes", first_unit=0)
-    x = np.where(counts() == 255, np.nan, counts().astype(float))[IN_TRAIN]
+@pytest.mark.parametrize("missing", [0.0, 0.05])
+def test_mean_scale_and_features_of_counts_equal_numpys(missing: float) -> None:
+    values = counts(missing=missing)
+    result = statistics(values, "counts", "spikes", first_unit=0)
+    x = np.where(values == 255, np.nan, values.astype(float))[IN_TRAIN]
     assert_allclose(result.mean, np.nanmean(x, (0, 2)), rtol=1e-6)
     assert_allclose(result.scale, np.nanstd(x, (0, 2)), rtol=1e-6)
     assert_allclose(feature(result, "log_rate"), np.log(np.nanmean(x, (0, 2)) / 0.02 + 0.01), rtol=1e-6)
@@ -60,9 +62,12 @@ def test_mean_scale_and_features_of_counts_equal_numpys() -> None:
     assert_allclose(feature(result, "skewness"), np.nanmean(centred**3, (0, 2)) / np.nanstd(x, (0, 2)) ** 3, rtol=1e-5)
 
 
-def test_correlations_equal_numpys_and_never_cross_a_border() -> None:
-    result = statistics(counts(), "counts", "spikes", first_unit=0)
-    x = np.where(counts() == 255, np.nan, counts().astype(float))
+@pytest.mark.parametrize("missing", [0.0, 0.05])
+@pytest.mark.parametrize("kind", ["counts", "trace"])
+def test_correlations_equal_numpys_and_never_cross_a_border(kind: str, missing: float) -> None:
+    values = counts(missing=missing)
+    x = np.where(values == 255, np.nan, values.astype(float))
+    result = statistics(values if kind == "counts" else x.astype(np.float32), kind, "spikes", first_unit=0)
     first, later = x[IN_TRAIN][:, :, :-1], x[IN_TRAIN][:, :, 1:]
     mean = x.mean(2)
     pairs = np.r_[0:399, 500:599]

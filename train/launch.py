@@ -23,7 +23,8 @@ from train import hostfile
 from train.hostfile import Host, HostfileError
 from train.ranks import LaunchError, Signals, Started, end, say, start, supervise
 
-FORWARDED = re.compile(r"(DS_ACCELERATOR|OMP_NUM_THREADS|TORCH_EXTENSIONS_DIR|(GLOO|HF|BRAINLOOM|TORCH_NCCL)_\w+)$")
+FORWARDED = re.compile(r"(DS_ACCELERATOR|OMP_NUM_THREADS|TORCH_EXTENSIONS_DIR|(GLOO|HF|BRAINLOOM|TORCH_NCCL|AWS)_\w+)$")
+SECRET = re.compile(r"TOKEN|SECRET|AWS_ACCESS_KEY_ID")
 
 
 def launch(hosts: list[Host], command: list[str], log_dir: Path, env: Mapping[str, str]) -> int:
@@ -204,9 +205,9 @@ def quote_for_pdsh(argument: str) -> str:
 def forwarded_environment(env: Mapping[str, str]) -> list[str]:
     """Return KEY=VALUE lines for DeepSpeed's environment file: what its runner does not forward by itself.
 
-    Tokens stay here: the values show in the process list of every host.
+    Tokens and keys stay here: the values show in the process list of every host.
     """
-    values = {key: value for key, value in env.items() if FORWARDED.match(key) and "TOKEN" not in key}
+    values = {key: value for key, value in env.items() if FORWARDED.match(key) and not SECRET.search(key)}
     values.setdefault("TORCH_EXTENSIONS_DIR", str(extensions_dir(env)))
     for key, value in values.items():
         if re.search(r"[^\w@+=:,./ -]", value):
@@ -234,6 +235,11 @@ def _start_elsewhere(hosts: list[Host], command: list[str], log_dir: Path, env: 
     hostfile.write(log_dir / "hostfile", hosts, "the hosts of this launch")
     hostfile.check_answers(hosts)
     (log_dir / "environment").write_text("\n".join(forwarded_environment(env)) + "\n", encoding="utf-8")
+    if "AWS_SECRET_ACCESS_KEY" in env:
+        say(
+            "launch: AWS_SECRET_ACCESS_KEY stays on this machine, since a process list would show it; where the store "
+            "is at s3:// and not public, the hosts need ~/.aws/credentials (AWS_PROFILE goes along) or a role."
+        )
     say(f"launch: {sum(host.slots for host in hosts)} ranks on {len(hosts)} host(s), log {log_dir / 'launcher.log'}")
     # The runner joins this name to the home and working folders: an absolute one stays as it is.
     runner_env = {**env, "DS_ENV_FILE": str((log_dir / "environment").resolve())}

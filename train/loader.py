@@ -27,7 +27,7 @@ READ_AHEAD = 4
 class TrainingSamples(Dataset[dict[str, Any]]):
     """Position -> sample, a pure function of (store, configuration, position)."""
 
-    def __init__(self, store: Path, config: RunConfig, model: BrainloomConfig) -> None:
+    def __init__(self, store: str | Path, config: RunConfig, model: BrainloomConfig) -> None:
         self.path, self.config, self.model = store, config, model
         opened = Store(store)
         self.windows = split_windows(opened, "train", config.data.context_s, config.data.stride_s)

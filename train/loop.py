@@ -66,7 +66,7 @@ def train(run_dir: Path, resume: str = "auto") -> int:
     seed_everything(run.seed)
     engine = Engine(run, SourceTable(store).keys, world_size)
     first_step = _resume(engine, run_dir, resume)
-    samples = TrainingSamples(store.root, run, model_config(run))
+    samples = TrainingSamples(store.address, run, model_config(run))
     if rank == 0:
         _write_environment(engine, run_dir, world_size, store)
     log = MetricsLog(run_dir, first_step, run.train.num_steps, run.log_every) if rank == 0 else None

@@ -20,7 +20,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--config", type=Path, required=True, help="the run's YAML, for instance train/configs/debug.yaml"
     )
-    parser.add_argument("--store", type=Path, required=True, help="token store, made by `make prep`")
+    parser.add_argument("--store", required=True, help="token store, made by `make prep`: a folder, s3://…, https://…")
     parser.add_argument("--out", type=Path, required=True, help="run folder; a run that is there goes on")
     parser.add_argument("--hostfile", type=Path, required=True, help="made by `make hostfile`")
     parser.add_argument("--resume", choices=["auto", "must", "never"], default="auto")
@@ -66,7 +66,7 @@ def prepare(run: config.RunConfig, store: Store, out: Path, resume: str = "auto"
                 "and train.families must stay as they were. Give another OUT, or leave them as in its config.yaml."
             )
     run.save(path)
-    (out / "run.json").write_text(json.dumps({"store": str(store.root.resolve())}, indent=1))
+    (out / "run.json").write_text(json.dumps({"store": store.address}, indent=1))
 
 
 def order(run: config.RunConfig) -> tuple[object, ...]:

@@ -14,27 +14,30 @@ import h5py
 import numpy as np
 import numpy.typing as npt
 
+from prep.nwb.chunks import keeping_chunks
 from prep.nwb.zarr_file import ZarrDataset, ZarrGroup, open_zarr
 from prep.plan import BrokenObject, PrepError
 
 LARGE_BYTES = 128 * 2**20
 MOST_PACKED = 10_000  # bytes of an array for each one that is stored: no codec packs recordings as tightly
-CHUNK_CACHE_BYTES = 192 * 2**20  # two rows of a dozen chunks of 10 MiB; HDF5 itself keeps 8 MiB
+CHUNK_CACHE_BYTES = 96 * 2**20  # where HDF5 itself decodes (prep.nwb.chunks); its own default is 8 MiB
 CHUNK_CACHE_SLOTS = 10_007  # a prime: chunks that share a slot push each other out
 _HELD: dict[Path, Any] = {}
 
 
 @contextlib.contextmanager
-def holding(*paths: Path) -> Iterator[None]:
-    """Keep recordings open while the block runs: all that is read in it shares one cache of decoded chunks.
+def holding(*objects: tuple[Path, str], scratch: Path | None = None) -> Iterator[list[Any]]:
+    """Keep objects of recordings open while the block runs, and give them: what is read in it is decoded once.
 
-    Of one thread at a time, as workers are.
+    HDF5 forgets the decoded chunks of a dataset when its last handle is closed. One thread at a time, as workers are.
+    `scratch`: a folder for decoded chunks that do not fit in memory.
     """
     with contextlib.ExitStack() as stack:
-        for path in set(paths) - _HELD.keys():
+        for path in {path for path, _ in objects} - _HELD.keys():
             _HELD[path] = stack.enter_context(open_file(path))
             stack.callback(_HELD.pop, path)
-        yield
+        stack.enter_context(keeping_chunks(scratch))
+        yield [_HELD[path][name] for path, name in objects]
 
 
 def open_file(path: Path) -> Any:

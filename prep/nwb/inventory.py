@@ -105,6 +105,7 @@ class Survey:
     also: dict[str, str] = field(default_factory=dict)  # object: a stream made of it beside what it is used as
     clock_maps: dict[str, Any] = field(default_factory=dict)  # pattern: map of another clock's times to the session's
     addresses: dict[Any, str] = field(default_factory=dict)  # of each object: its path
+    kept: list[Any] = field(default_factory=list)  # open datasets that are read again: see prep.nwb.file.holding
     spans: list[Any] | None = None  # of the file's clocks, once they are looked at (prep.nwb.clocks)
 
     def of_type(self, *types: str) -> Iterator[Node]:

@@ -13,7 +13,7 @@ import numpy.typing as npt
 
 from prep.band_power import UNIT, Band, band_power, design
 from prep.nwb.clocks import map_times, read_clock
-from prep.nwb.file import dataset, follow, get, is_dataset, numbers, open_file, texts
+from prep.nwb.file import dataset, follow, get, holding, is_dataset, numbers, texts
 from prep.nwb.inventory import Draft, Node, Survey
 from prep.nwb.series import is_transposed, read_block, refuse_layout, scaling
 from prep.plan import PlannedStream, PrepError, Units
@@ -69,8 +69,7 @@ class BandReader:
         """Values of tokens [start, stop) as (stop - start, C * bands, P), band by band of each channel."""
         first = int(np.searchsorted(self.segments, start, side="right")) - 1
         parts = []
-        with open_file(self.path) as file:
-            data = file[self.dataset]
+        with holding((self.path, self.dataset)) as (data,):
             while self.segments[first] < stop:
                 begin, end = int(self.segments[first]), int(self.segments[first + 1])
                 parts.append(self._segment(data, begin, end)[max(start - begin, 0) : stop - begin])

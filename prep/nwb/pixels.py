@@ -14,7 +14,8 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from prep.nwb.file import dataset, holding, is_dataset, open_file
+from prep.nwb.chunks import read_rows
+from prep.nwb.file import dataset, holding, is_dataset
 from prep.plan import PlannedStimulus, PrepError
 
 Index = npt.NDArray[np.int64]
@@ -63,10 +64,11 @@ class FileFrames:
 
     def take(self, frames: Index) -> Pixels:
         """Frames (k,), rising, as (k, H, W[, 3])."""
-        with open_file(self.path) as file:
-            data = file[self.dataset]
-            blocks = [data[()][None]] if self.is_picture else [data[start:stop] for start, stop in runs(frames)]
-        return self.tone.of(np.concatenate(blocks)[..., :3] if len(self.shape) == 4 else np.concatenate(blocks))
+        with holding((self.path, self.dataset)) as (data,):
+            films = [] if self.is_picture else runs(frames)
+            blocks = [read_rows(data, start, stop) for start, stop in films] or [data[()][None]]
+        pixels = blocks[0] if len(blocks) == 1 else np.concatenate(blocks)
+        return self.tone.of(pixels[..., :3] if len(self.shape) == 4 else pixels)
 
 
 def runs(frames: Index) -> Iterator[tuple[int, int]]:
@@ -196,7 +198,7 @@ class DistinctFrames:
 
     def read_once(self, edges: Sequence[int], scratch: Path) -> Iterator[Pixels]:
         """Frames [edges[i], edges[i + 1]) in turn; a chunk of a file that two of them share is decoded once."""
-        with holding(*(source.path for source in self.sources if isinstance(source, FileFrames))):
+        with holding(*files_of(self.sources), scratch=scratch):
             for start, stop in itertools.pairwise(edges):
                 yield self.read(start, stop)
 
@@ -205,7 +207,13 @@ class DistinctFrames:
         numbers, frames = self.source[start:stop], self.frame[start:stop]
         breaks = np.flatnonzero(np.diff(numbers)) + 1
         parts = zip(np.split(numbers, breaks), np.split(frames, breaks), strict=True)
-        return np.concatenate([self.sources[int(number[0])].take(own) for number, own in parts])
+        taken = [self.sources[int(number[0])].take(own) for number, own in parts]
+        return taken[0] if len(taken) == 1 else np.concatenate(taken)
+
+
+def files_of(sources: Sequence[FrameSource]) -> list[tuple[Path, str]]:
+    """The datasets of recordings among the sources."""
+    return [(source.path, source.dataset) for source in sources if isinstance(source, FileFrames)]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -241,8 +249,7 @@ def store_frames(sources: Sequence[FrameSource]) -> Stored:
     first = np.cumsum([0, *(source.shape[0] for source in sources)]).astype(np.int64)
     screen, index = np.zeros(first[-1], np.int32), np.zeros(first[-1], np.int32)
     sizes: dict[tuple[int, ...], _Size] = {}
-    paths = [source.path for source in sources if isinstance(source, FileFrames)]
-    with holding(*paths):
+    with holding(*files_of(sources)):
         _look(sources, first, screen, index, sizes)
     stimuli = tuple(_planned(tuple(sources), shape, size) for shape, size in sizes.items())
     return Stored(stimuli=stimuli, first=first, screen=screen, index=index)
@@ -261,7 +268,7 @@ def _look(
         screen[first[number] : first[number + 1]] = list(sizes).index(tuple(source.shape[1:]))
         for start, stop in blocks_of(source.shape):
             for frame, pixels in enumerate(source.take(np.arange(start, stop)), start):
-                digest = hashlib.sha256(pixels.tobytes()).digest()
+                digest = hashlib.sha256(pixels).digest()
                 if digest not in size.places:
                     size.places[digest] = len(size.places)
                     size.source.append(number)

@@ -13,8 +13,9 @@ import numpy as np
 import numpy.typing as npt
 
 from prep.clock import Clock
+from prep.nwb.chunks import read_rows as rows_of
 from prep.nwb.clocks import read_clock
-from prep.nwb.file import as_text, dataset, get, holding, is_dataset, is_text, open_file
+from prep.nwb.file import as_text, dataset, get, holding, is_dataset, is_text
 from prep.nwb.inventory import Draft, Node, Survey
 from prep.plan import PlannedStream, PrepError, Units
 from prep.settings import Modality
@@ -51,7 +52,7 @@ class TraceReader:
     path: Path
     datasets: tuple[str, ...]
     transposed: bool
-    bounds: Index  # (K + 1,) first sample of each token, and the end
+    bounds: Index | None  # (K + 1,) first sample of each token, and the end; None: token i is sample i
     samples_per_token: int
     conversion: Float64  # (C,)
     offset: Float64  # (C,)
@@ -60,13 +61,15 @@ class TraceReader:
 
     def read(self, start: int, stop: int) -> npt.NDArray[np.float32]:
         """Values of tokens [start, stop) as (stop - start, S, P); NaN where nothing was recorded."""
-        bounds = self.bounds[start : stop + 1]
+        bounds = np.arange(start, stop + 1) if self.bounds is None else self.bounds[start : stop + 1]
         first, last = int(bounds[0]), int(bounds[-1])
-        with open_file(self.path) as file:
-            parts = [self._samples(file[name], first, last) for name in self.datasets]
+        with holding(*((self.path, name) for name in self.datasets)) as datasets:
+            parts = [self._samples(data, first, last) for data in datasets]
         samples = parts[0] if len(parts) == 1 else np.concatenate(parts, axis=1)
         if samples.dtype in (np.float32, np.float16) and self._is_plain:
-            if not np.isfinite(samples.sum(dtype=np.float64)):  # a sum says it cheaper than a look at each sample
+            with np.errstate(over="ignore", invalid="ignore"):  # a sum says it cheaper than a look at each sample
+                is_whole = bool(np.isfinite(samples.sum()))
+            if not is_whole:
                 samples = np.where(np.isfinite(samples), samples, np.nan)
             return cut_samples(samples, bounds - bounds[0], self.samples_per_token)
         with np.errstate(over="ignore", invalid="ignore"):  # what float32 cannot hold is missing, as infinity is
@@ -83,7 +86,7 @@ class TraceReader:
 
     def read_once(self, edges: Sequence[int], scratch: Path) -> Iterator[npt.NDArray[np.float32]]:
         """Values of tokens [edges[i], edges[i + 1]) in turn; chunks that two of them share are decoded once."""
-        with holding(self.path):
+        with holding(*((self.path, name) for name in self.datasets), scratch=scratch):
             for start, stop in itertools.pairwise(edges):
                 yield self.read(start, stop)
 
@@ -100,7 +103,7 @@ class TraceReader:
 
 def read_block(data: Any, transposed: bool, first: int, last: int) -> Array:
     """Rows [first, last) of a dataset as (last - first, C); `transposed`: time is its second axis."""
-    block: Array = data[:, first:last].T if transposed and data.ndim == 2 else data[first:last]
+    block: Array = data[:, first:last].T if transposed and data.ndim == 2 else rows_of(data, first, last)
     return block.reshape(last - first, -1)
 
 
@@ -140,7 +143,7 @@ def read_series(survey: Survey, node: Node, num_columns: int | None = None) -> S
         raise PrepError("it has a single sample")
     clock, rows = read_clock(survey, node.path, num_samples)
     for row in (0, num_samples - 1):  # data that cannot be read is told now, not when the session is written
-        read_block(data, transposed, row, row + 1)
+        _ = data[row] if data.ndim == 1 else data[0, row] if transposed else data[row, 0]
     conversion, offset = scaling(survey, node.path, data.size // num_samples)
     return Series(
         path=node.path,
@@ -272,7 +275,7 @@ def trace_stream(
         path=survey.path,
         datasets=series.datasets,
         transposed=series.transposed,
-        bounds=clock.bounds,
+        bounds=None if clock.samples_per_token == 1 else clock.bounds,
         samples_per_token=clock.samples_per_token,
         rows=series.rows,
         conversion=series.conversion,

@@ -15,7 +15,7 @@ from prep.nwb.behavior import read_behavior
 from prep.nwb.behavior_tables import read_behavior_tables
 from prep.nwb.clocks import read_sync
 from prep.nwb.events import read_events
-from prep.nwb.file import as_text, open_file, text_at
+from prep.nwb.file import as_text, holding, open_file, text_at
 from prep.nwb.intervals import read_intervals
 from prep.nwb.invalid import with_invalid
 from prep.nwb.inventory import COLUMN_TYPES, INTRACELLULAR, UNREADABLE, Draft, Survey, one_line, survey
@@ -65,7 +65,7 @@ def plan_session(path: Path, recipe: Recipe, dataset_id: str) -> SessionPlan:
     path = Path(path)
     _refuse_by_path(path)
     try:
-        with open_file(path) as file:
+        with holding((path, "/")), open_file(path) as file:
             session = survey(path, file, recipe, dataset_id)
             _refuse_by_version(session)
             return _plan(session)

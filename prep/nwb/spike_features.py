@@ -9,7 +9,7 @@ from dataclasses import replace
 import numpy as np
 import numpy.typing as npt
 
-from prep.nwb.file import open_file
+from prep.nwb.file import holding, open_file
 from prep.nwb.invalid import ValidTokens
 from prep.nwb.spikes import SpikeReader
 from prep.plan import PlannedStream, TokenReader, Units
@@ -63,14 +63,18 @@ def interval_features(reader: SpikeReader, train: Index) -> npt.NDArray[np.float
     """
     num_units = reader.times.num_units
     count, bursts, total, squares = (np.zeros(num_units) for _ in range(4))
-    with open_file(reader.times.path) as file:
-        for time_s, unit in reader.times.blocks(file, whole_units=True):
-            interval_ns, of_unit = _intervals(reader, to_ns(time_s), unit, train)
-            interval_s = interval_ns / 1e9
-            count += np.bincount(of_unit, minlength=num_units)
-            bursts += np.bincount(of_unit, interval_ns < BURST_NS, minlength=num_units)
-            total += np.bincount(of_unit, interval_s, minlength=num_units)
-            squares += np.bincount(of_unit, interval_s**2, minlength=num_units)
+    with holding((reader.times.path, reader.times.dataset)), open_file(reader.times.path) as file:
+        for time_s, unit, num_old in reader.times.blocks_in_order(file):
+            begin = max(0, num_old - 1)  # an interval needs the spike before
+            interval_ns, of_unit = _intervals(reader, to_ns(time_s[begin:]), unit[begin:], train)
+            if not len(interval_ns):
+                continue
+            first = np.flatnonzero(np.diff(of_unit, prepend=-1))  # units come one after the other
+            own, interval_s = of_unit[first], interval_ns / 1e9
+            count[own] += np.diff(first, append=len(of_unit))
+            bursts[own] += np.add.reduceat(interval_ns < BURST_NS, first, dtype=np.int64)
+            total[own] += np.add.reduceat(interval_s, first)
+            squares[own] += np.add.reduceat(interval_s * interval_s, first)
     enough = (count >= FEWEST_INTERVALS) & (total > 0)
     size = np.where(enough, count, 1.0)
     mean = np.where(enough, total / size, 1.0)
@@ -80,7 +84,7 @@ def interval_features(reader: SpikeReader, train: Index) -> npt.NDArray[np.float
 
 
 def _intervals(reader: SpikeReader, time_ns: Index, unit: Index, train: Index) -> tuple[Index, Index]:
-    """Intervals (n,) of whole units' spikes in ns, and the unit (n,) of each."""
+    """Intervals (n,) between spikes in ns, and the unit (n,) of each."""
     if ((np.diff(time_ns) < 0) & (np.diff(unit) == 0)).any():
         order = np.lexsort((time_ns, unit))
         time_ns, unit = time_ns[order], unit[order]

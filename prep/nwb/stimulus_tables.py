@@ -102,6 +102,7 @@ def _shown(survey: Survey, node: Node) -> _Shown | None:
     raw_s, stop_s, path = _times(group, node, words, start[()].astype(np.float64))
     start_s, rows = read_event_times(survey, path, raw_s)
     stop_s = _like_starts(raw_s[rows], start_s, stop_s[rows])
+    stop_s = np.where(stop_s >= start_s, stop_s, np.nan)  # an end before the start is none
     return _Shown(node=node, words=words, rows=rows, start_s=start_s, stop_s=stop_s)
 
 

@@ -12,7 +12,8 @@ from prep.audit import MS_RATIO, SHORTEST_S
 from prep.nwb.clocks import other_spans
 from prep.nwb.file import as_text, enum_words, get, is_dataset, is_text, ragged_stops
 from prep.nwb.inventory import UNREADABLE, Draft, Node, Survey, snake_case
-from prep.nwb.spikes import Extent, SpikeReader, SpikeTimes, audited, repaired
+from prep.nwb.spike_audit import Extent, audited, repaired
+from prep.nwb.spikes import SpikeReader, SpikeTimes
 from prep.nwb.unit_metadata import describe
 from prep.plan import BrokenObject, PlannedStream, PrepError
 from prep.settings import BIN_NS, TOKEN_NS, to_ns
@@ -151,6 +152,7 @@ def _is_same(cell: str, wanted: str) -> bool:
 
 def _plan(survey: Survey, node: Node, kept: Bool | None, name: str, prefix: str) -> Draft:
     group = survey.file[node.path]
+    survey.kept.append(group["spike_times"])
     stops = spike_index(group)
     rows = np.arange(len(stops)) if kept is None else np.flatnonzero(kept)
     times = SpikeTimes(

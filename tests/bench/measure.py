@@ -65,10 +65,10 @@ def peak_mb(pid: int) -> float:
     return 0.0
 
 
-def run(script: Path, *args: Any, python: Path | str = sys.executable) -> Cost:
+def run(script: Path, *args: Any, python: Path | str = sys.executable, **environment: str) -> Cost:
     """The cost that a script prints of itself, run by itself on one thread."""
     command = [str(python), str(script), *map(str, args)]
-    done = subprocess.run(command, env={**os.environ, **ONE_THREAD}, text=True, capture_output=True)
+    done = subprocess.run(command, env={**os.environ, **ONE_THREAD, **environment}, text=True, capture_output=True)
     lines = [line for line in done.stdout.splitlines() if line.startswith(MARK)]
     if done.returncode or not lines:
         raise SystemExit(f"{' '.join(command)} failed ({done.returncode}):\n{done.stdout[-2000:]}{done.stderr[-4000:]}")

@@ -29,12 +29,14 @@ from measure import Cost, run, run_command  # noqa: E402
 from peers.environment import PEERS, interpreter  # noqa: E402
 from sessions import small_sessions  # noqa: E402
 
+from prep.cluster import KEPT_BYTES, MALLOC  # noqa: E402
 from prep.shards import Rows, rows_spec  # noqa: E402
 
 SECTIONS = ("limit", "prep", "workers", "memory", "peers", "sessions")
 MAX_OVER_LIMIT, MAX_PEAK_MB, MAX_GROWTH, MIN_SPEEDUP = 1.5, 700.0, 1.10, 1.6
 MAX_OVERHEAD_S, MAX_RERUN_S = 0.2, 5.0
 LONGER = 10
+WORKER = dict.fromkeys(MALLOC, str(KEPT_BYTES))  # environment
 
 
 @dataclass
@@ -110,8 +112,11 @@ def bench_prep(results: Results) -> None:
     """prep as one process without Dask, by phase."""
     path = recording(Size(minutes=results.args.minutes, scale=results.args.scale))
     warm(path)
-    cost = results.prep = best(results.args.repeat, lambda: run(HERE / "prep_once.py", path, fresh("prep")))
-    results.say("## prep, one process", "", f"`python tests/bench/prep_once.py {path.name} OUT`", "")
+    cost = results.prep = best(results.args.repeat, lambda: run(HERE / "prep_once.py", path, fresh("prep"), **WORKER))
+    results.say("## prep, one process", "", f"`python tests/bench/prep_once.py {path.name} OUT`, with", "")
+    results.say(
+        f"`{' '.join(f'{name}={value}' for name, value in WORKER.items())}`, as prep sets them for its workers.", ""
+    )
     _costs(results, [("prep", cost)])
     results.say("Where the time goes:", "")
     rest = cost.cpu_s - sum(cost.parts.values())
@@ -220,7 +225,7 @@ def bench_sessions(results: Results) -> None:
     """Many small sessions, then the same again with nothing to do."""
     number = results.args.sessions
     folder = small_sessions(number)
-    work = run(HERE / "prep_once.py", folder, fresh("work"))
+    work = run(HERE / "prep_once.py", folder, fresh("work"), **WORKER)
     one = ingest(folder, fresh("one"), 1)
     two = ingest(folder, fresh("two"), 2)
     again = ingest(folder, cache() / "out-two", 2)
