@@ -23,6 +23,7 @@ JITTER_SHARE = 0.25  # steps that scatter more than this about their median have
 STRAY_S, STRAY_STEPS, STRAY_SHARE = 10.0, 100, 0.01  # an outlier is this far from those around it; they are few
 BACK_S, BACK_STEPS, BACK_SHARE = 1.0, 10, 0.01  # a reset clock goes back by as much, and rarely
 WANDER_SAMPLES = 100
+BLOCK_TOKENS = 2**14  # looked at at once
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -206,11 +207,18 @@ def regularity(time_s: Seconds, rate_hz: float | None = None) -> Clock:
 
 def _cut(time_s: Seconds, gaps: npt.NDArray[np.bool_], period_s: float, num_samples: int) -> tuple[Index, float]:
     """Bounds of the tokens (K + 1,), and how far a sample lies from its place in its token, at most."""
-    sample = np.arange(len(time_s), dtype=np.int64)
-    run_start = np.maximum.accumulate(np.where(np.concatenate([[True], gaps]), sample, 0))
-    place = (sample - run_start) % num_samples
-    deviation_s = np.abs(time_s - time_s[sample - place] - place * period_s).max()
-    return np.append(sample[place == 0], len(time_s)), float(deviation_s)
+    runs = np.concatenate([[0], np.flatnonzero(gaps) + 1, [len(time_s)]])
+    num_tokens = -(-np.diff(runs) // num_samples)  # of each run
+    token = np.arange(num_tokens.sum()) - np.repeat(np.cumsum(num_tokens) - num_tokens, num_tokens)
+    bounds = np.append(np.repeat(runs[:-1], num_tokens) + token * num_samples, runs[-1])
+    deviation_s = 0.0
+    for first in range(0, len(bounds) - 1, BLOCK_TOKENS):
+        own = bounds[first : first + BLOCK_TOKENS + 1]
+        sample, length = np.arange(own[0], own[-1]), np.diff(own)
+        start = np.repeat(own[:-1], length)
+        away_s = time_s[own[0] : own[-1]] - time_s[start] - (sample - start) * period_s
+        deviation_s = max(deviation_s, float(np.abs(away_s).max()))
+    return bounds, deviation_s
 
 
 def clock_findings(clock: Clock, path: str) -> list[Finding]:

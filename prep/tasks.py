@@ -3,6 +3,9 @@
 In: small descriptors (a path, a plan, the number of a shard). Out: files in the store; errors as data.
 """
 
+import contextlib
+import ctypes
+import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -27,6 +30,7 @@ from prep.write_session import (
 )
 
 ShardRun = tuple[str, int, int, int]  # shards of a stream that one task writes: in words, stream, first, stop
+LARGE_BYTES = 256 * 2**20  # resident
 CHANGED = "the file changed while it was being read. Run the same `make prep` again."
 Planner = Callable[[Sequence[Path], Any, str], SessionPlan]  # the files of one session, a recipe, a dataset_id
 
@@ -60,6 +64,15 @@ def guarded(where: str, function: Callable[..., Any], *args: Any) -> Any:
         return function(*args)
     except Exception as error:
         return Failed(where, one_line(error), count_objects(getattr(error, "coverage", ())))
+    finally:
+        _give_back_memory()
+
+
+def _give_back_memory() -> None:
+    """Hand back what malloc keeps of a large task, so that the next one's memory does not lie on top of it."""
+    with contextlib.suppress(OSError, AttributeError):  # a system without /proc or glibc
+        if int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") > LARGE_BYTES:
+            ctypes.CDLL(None).malloc_trim(0)
 
 
 def count_objects(coverage: Sequence[Found]) -> dict[str, int]:

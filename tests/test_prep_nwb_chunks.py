@@ -163,10 +163,12 @@ def test_chunks_that_are_too_many_wait_in_files_where_there_is_a_folder(
     with h5py.File(path, "w") as file:
         file.create_dataset("x", data=values, chunks=(400, 20), compression="gzip", shuffle=True)
     with holding((path, "x"), scratch=tmp_path / "scratch") as (data,):
-        for first in (*range(0, 900, 90), 0, 450, 810):
+        for first in range(0, 900, 90):
             assert np.array_equal(read_rows(data, first, first + 90), values[first : first + 90])
         assert len(corners) == len(set(corners)) == 12
-        assert len(list((tmp_path / "scratch").iterdir())) == 11
+        assert len(list((tmp_path / "scratch").iterdir())) == 9, "one of each four stays until it is read to its end"
+        for first in (0, 450, 810):
+            assert np.array_equal(read_rows(data, first, first + 90), values[first : first + 90])
     assert list((tmp_path / "scratch").iterdir()) == []
     with open_file(path) as file, keeping_chunks():
         assert np.array_equal(read_rows(file["x"], 0, 900), values)

@@ -5,6 +5,7 @@ In: an open dataset, rows [first, stop). Out: these rows as slicing the dataset 
 
 import contextlib
 import itertools
+import math
 from collections import OrderedDict
 from collections.abc import Iterator
 from pathlib import Path
@@ -33,17 +34,18 @@ class _Kept(OrderedDict[Key, Array]):
         self.depth = self.num_bytes = 0
         self.folder: Path | None = None
         self.spilled: dict[Key, Path] = {}
+        self.read_to: dict[Key, int] = {}  # rows of a chunk that were read: who reads on wants those that follow
 
-    def keep(self, key: Key, chunk: Array) -> None:
-        """Add a chunk."""
+    def keep(self, key: Key, chunk: Array, most: int) -> None:
+        """Add a chunk; `most`: that are of use."""
         self[key] = chunk
         self.num_bytes += chunk.nbytes
-        while self.num_bytes > KEPT_BYTES and len(self) > 1:
+        while (self.num_bytes > KEPT_BYTES or len(self) > most) and len(self) > 1:
             self._drop(*self.popitem(last=False))
 
     def _drop(self, key: Key, chunk: Array) -> None:
         self.num_bytes -= chunk.nbytes
-        if self.folder is not None:
+        if self.folder is not None and self.read_to[key] < len(chunk):
             self.folder.mkdir(parents=True, exist_ok=True)
             self.spilled[key] = self.folder / f"chunk-{len(self.spilled)}"
             chunk.tofile(self.spilled[key])
@@ -54,6 +56,7 @@ class _Kept(OrderedDict[Key, Array]):
         for path in self.spilled.values():
             path.unlink(missing_ok=True)
         self.spilled.clear()
+        self.read_to.clear()
         self.folder, self.num_bytes = None, 0
 
 
@@ -118,6 +121,12 @@ def _num_bytes(data: h5py.Dataset) -> int:
     return int(np.prod(data.chunks, dtype=np.int64)) * int(data.dtype.itemsize)
 
 
+def _num_beside(data: h5py.Dataset) -> int:
+    """Chunks that hold the same rows: reading on in order of rows needs these, and those that follow."""
+    sizes = zip(data.shape[1:], data.chunks[1:], strict=True)
+    return math.prod(-(-length // size) for length, size in sizes)
+
+
 def _corners(data: h5py.Dataset, first: int, stop: int) -> list[tuple[int, ...]]:
     """Where the chunks begin that rows [first, stop) lie in."""
     begins = [range(0, length, size) for length, size in zip(data.shape, data.chunks, strict=True)]
@@ -129,6 +138,7 @@ def _part(data: h5py.Dataset, corner: tuple[int, ...], rows: slice) -> Array:
     """Rows of the decoded chunk that begins at a corner; at the dataset's border it may be wider than the dataset."""
     info = h5py.h5o.get_info(data.id)
     key = (int(info.fileno), info.addr), corner
+    _KEPT.read_to[key] = rows.stop
     if key in _KEPT:
         _KEPT.move_to_end(key)
         return _KEPT[key][rows]
@@ -138,7 +148,7 @@ def _part(data: h5py.Dataset, corner: tuple[int, ...], rows: slice) -> Array:
         return np.fromfile(_KEPT.spilled[key], data.dtype, **place).reshape(-1, *data.chunks[1:])
     chunk = _decoded(data, corner)
     if _KEPT.depth:
-        _KEPT.keep(key, chunk)
+        _KEPT.keep(key, chunk, 2 * _num_beside(data))
     return chunk[rows]
 
 
