@@ -6,6 +6,7 @@ In: an open dataset, rows [first, stop). Out: these rows as slicing the dataset 
 import contextlib
 import itertools
 import math
+import sys
 from collections import OrderedDict
 from collections.abc import Iterator
 from pathlib import Path
@@ -148,7 +149,7 @@ def _part(data: h5py.Dataset, corner: tuple[int, ...], rows: slice) -> Array:
         return np.fromfile(_KEPT.spilled[key], data.dtype, **place).reshape(-1, *data.chunks[1:])
     chunk = _decoded(data, corner)
     if _KEPT.depth:
-        _KEPT.keep(key, chunk, 2 * _num_beside(data))
+        _KEPT.keep(key, chunk, sys.maxsize if data.nbytes <= KEPT_BYTES else 2 * _num_beside(data))
     return chunk[rows]
 
 
