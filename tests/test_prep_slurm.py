@@ -125,7 +125,7 @@ def test_a_job_that_is_cancelled_midway_is_replaced_and_the_bytes_are_the_same(n
 
 
 def test_workers_leave_before_the_walltime_and_others_take_their_places(nodes: Slurm, tmp_path: Path) -> None:
-    folder, store = recordings(tmp_path / "in", slow_s=1.5), tmp_path / "store"
+    folder, store = recordings(tmp_path / "in", slow_s=4), tmp_path / "store"
     short = cluster_file(tmp_path, walltime="00:02:00", lifetime="00:00:12", workers=None, adaptive="{maximum: 2}")
     first = set(nodes.jobs("all"))
     code, _, errors = end(start(nodes, folder, store, short))
