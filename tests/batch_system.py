@@ -7,6 +7,7 @@ import os
 import signal
 from pathlib import Path
 
+SESSIONS = (1, 2)
 COMMANDS = {
     "sbatch": """
         if [ -e {folder}/refuses ]; then cat {folder}/refuses >&2; exit 1; fi
@@ -57,3 +58,18 @@ def kill_jobs(folder: Path) -> int:
     for group in jobs:
         os.killpg(group, signal.SIGKILL)
     return len(jobs)
+
+
+def cluster_file(folder: Path, **keys: object) -> Path:
+    """A cluster file; keys that are None are left out."""
+    path = folder / "cluster.yaml"
+    path.write_text("".join(f"{key}: {value}\n" for key, value in keys.items() if value is not None))
+    return path
+
+
+def recordings(folder: Path, slow_s: float = 0.0) -> Path:
+    """Two stand-ins for recordings, whose shards take `slow_s` each."""
+    folder.mkdir()
+    for number in SESSIONS:
+        (folder / f"{number}.nwb").write_text(f"session=s{number} seed={number} slow_s={slow_s}")
+    return folder

@@ -100,6 +100,13 @@ class Pixels:
         return (np.arange(int(np.prod(self.shape))) * 37 % 251).astype(np.uint8).reshape(self.shape)[start:stop]
 
 
+def a_recording(folder: Path) -> Path:
+    """A file that stands for a recording."""
+    path = folder / "recording.nwb"
+    path.write_text("a recording")
+    return path
+
+
 def stream(
     name: str, kind: str, modality: str, shape: tuple[int, int, int], seed: int = 1, **more: Any
 ) -> PlannedStream:

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from numpy.testing import assert_array_equal
-from store_builders import build_store, tree
+from store_builders import a_recording, build_store, tree
 
 import prep.write_session
 from prep.settings import FEATURE_NAMES, FORMAT_VERSION
@@ -46,8 +46,7 @@ KNOWN = [
 @pytest.fixture(scope="module")
 def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("format")
-    recording = folder / "recording.nwb"
-    recording.write_text("a recording")
+    recording = a_recording(folder)
     build_store(folder / "store", recording, "s1")
     return folder / "store"
 

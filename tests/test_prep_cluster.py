@@ -15,6 +15,7 @@ from typing import Any
 
 import batch_system
 import pytest
+from batch_system import cluster_file, recordings
 from store_builders import tree
 
 import prep.progress
@@ -40,21 +41,6 @@ if __name__ == "__main__":
 """
 SLURM = {"kind": "slurm", "workers": 2, "memory": "1GB", "walltime": "01:00:00"}
 LOCAL = {"kind": "local", "workers": 2, "memory": "1GB"}
-
-
-def cluster_file(folder: Path, **keys: Any) -> Path:
-    """A cluster file; keys that are None are left out."""
-    path = folder / "cluster.yaml"
-    path.write_text("".join(f"{key}: {value}\n" for key, value in keys.items() if value is not None))
-    return path
-
-
-def recordings(folder: Path, slow_s: float = 0.0) -> Path:
-    """Two stand-ins for recordings, whose shards take `slow_s` each."""
-    folder.mkdir()
-    for number in (1, 2):
-        (folder / f"{number}.nwb").write_text(f"session=s{number} seed={number} slow_s={slow_s}")
-    return folder
 
 
 def start(folder: Path, store: Path, *words: str, path: str = "") -> "subprocess.Popen[str]":

@@ -10,11 +10,12 @@ import resource
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
+from campaign import below
 from fuzz_nwb import TURNS, damaged, sound_files
 
 from prep.store import Store
@@ -103,17 +104,6 @@ def status(pid: int) -> str:
         return Path(f"/proc/{pid}/status").read_text()
     except OSError:
         return ""
-
-
-def below(pid: int) -> Iterator[int]:
-    """All processes below one."""
-    try:
-        tasks = [(task / "children").read_text().split() for task in Path(f"/proc/{pid}/task").iterdir()]
-    except OSError:
-        return
-    for child in (int(word) for words in tasks for word in words):
-        yield child
-        yield from below(child)
 
 
 def contents(box: Path) -> dict[str, tuple[int, int]]:

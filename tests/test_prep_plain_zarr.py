@@ -13,7 +13,7 @@ import pytest
 import tensorstore
 import zarr
 from numpy.testing import assert_array_equal
-from store_builders import build_store
+from store_builders import a_recording, build_store
 
 from prep.shards import Rows, read_array, rows_spec
 
@@ -51,8 +51,7 @@ READERS = {"zarr-python": with_zarr, "zarrs": with_zarrs, "tensorstore": with_te
 @pytest.fixture(scope="module")
 def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("plain")
-    recording = folder / "recording.nwb"
-    recording.write_text("a recording")
+    recording = a_recording(folder)
     build_store(folder / "store", recording, "s1", "s2")
     return folder / "store"
 

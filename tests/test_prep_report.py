@@ -27,7 +27,7 @@ from report_builders import (
     svgs,
     titles,
 )
-from store_builders import Values, session, stream
+from store_builders import Values, a_recording, session, stream
 
 from prep import report, report_data
 from prep.__main__ import main
@@ -42,9 +42,7 @@ NEEDS_BROWSER = pytest.mark.skipif(chromium() is None and "CI" not in os.environ
 
 @pytest.fixture(scope="module")
 def recording(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("recording") / "recording.nwb"
-    path.write_text("a recording")
-    return path
+    return a_recording(tmp_path_factory.mktemp("recording"))
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from report_builders import ORIGIN_NS, REGIONS, bare, build, events, rich, svgs, titles
-from store_builders import SECOND_NS, Values, session
+from store_builders import SECOND_NS, Values, a_recording, session
 
 from prep.report import MAX_PICTURED, pictured, render
 from prep.report_data import unit_columns
@@ -20,9 +20,7 @@ from prep.store import Store
 
 @pytest.fixture(scope="module")
 def recording(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("recording") / "recording.nwb"
-    path.write_text("a recording")
-    return path
+    return a_recording(tmp_path_factory.mktemp("recording"))
 
 
 @pytest.fixture(scope="module")

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from batch_system import cluster_file, recordings
 from slurm_on_one_machine import Slurm, slurm, why_not
 from store_builders import tree
 
@@ -42,21 +43,10 @@ def nodes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Slurm]:
         yield cluster
 
 
-def cluster_file(folder: Path, **more: Any) -> Path:
+def two_nodes(folder: Path, **more: Any) -> Path:
     """A cluster file of the two nodes; `more`: other keys, or other values."""
     keys = {"kind": "slurm", "workers": 2, "memory": "1GB", "walltime": "00:30:00", "interface": "eth0"}
-    keys |= {"log_directory": str(folder / "logs"), **more}
-    path = folder / "cluster.yaml"
-    path.write_text("".join(f"{key}: {value}\n" for key, value in keys.items() if value is not None))
-    return path
-
-
-def recordings(folder: Path, slow_s: float = 0.8) -> Path:
-    """Two stand-ins for recordings, whose shards take `slow_s` each."""
-    folder.mkdir()
-    for number in (1, 2):
-        (folder / f"{number}.nwb").write_text(f"session=s{number} seed={number} slow_s={slow_s}")
-    return folder
+    return cluster_file(folder, **keys | {"log_directory": str(folder / "logs"), **more})
 
 
 def start(nodes: Slurm, folder: Path, store: Path, cluster: Path | None) -> "subprocess.Popen[str]":
@@ -100,7 +90,7 @@ def wait_for(what: Callable[[], bool], patience_s: float = PATIENCE_S) -> None:
 def test_make_prep_by_the_jobs_of_two_nodes_writes_what_one_machine_writes(nodes: Slurm, tmp_path: Path) -> None:
     write_brain(tmp_path / "in", None, "test", 0)
     words = ["make", "-o", ".venv/installed", "prep", f"SRC={tmp_path / 'in'}", "DATASET=d1"]
-    there = [*words, f"OUT={tmp_path / 'there'}", f"CLUSTER={cluster_file(tmp_path)}"]
+    there = [*words, f"OUT={tmp_path / 'there'}", f"CLUSTER={two_nodes(tmp_path)}"]
     pipes: dict[str, Any] = {"cwd": ROOT, "text": True, "capture_output": True, "check": False}
     by_jobs = subprocess.run(nodes.words("login", there), env=nodes.environment, **pipes)
     assert by_jobs.returncode == 0, by_jobs.stderr
@@ -113,8 +103,8 @@ def test_make_prep_by_the_jobs_of_two_nodes_writes_what_one_machine_writes(nodes
 
 
 def test_a_job_that_is_cancelled_midway_is_replaced_and_the_bytes_are_the_same(nodes: Slurm, tmp_path: Path) -> None:
-    folder, store = recordings(tmp_path / "in"), tmp_path / "store"
-    process = start(nodes, folder, store, cluster_file(tmp_path))
+    folder, store = recordings(tmp_path / "in", slow_s=0.8), tmp_path / "store"
+    process = start(nodes, folder, store, two_nodes(tmp_path))
     wait_for(lambda: any(store.glob("d1/.s*.partial.zarr/streams/*/values/c/0/0/0")))
     before = nodes.jobs("running")
     nodes.run("scancel", *before)  # both: nobody is left who could go on
@@ -126,7 +116,7 @@ def test_a_job_that_is_cancelled_midway_is_replaced_and_the_bytes_are_the_same(n
 
 def test_workers_leave_before_the_walltime_and_others_take_their_places(nodes: Slurm, tmp_path: Path) -> None:
     folder, store = recordings(tmp_path / "in", slow_s=4), tmp_path / "store"
-    short = cluster_file(tmp_path, walltime="00:02:00", lifetime="00:00:12", workers=None, adaptive="{maximum: 2}")
+    short = two_nodes(tmp_path, walltime="00:02:00", lifetime="00:00:12", workers=None, adaptive="{maximum: 2}")
     first = set(nodes.jobs("all"))
     code, _, errors = end(start(nodes, folder, store, short))
     assert code == 0, errors
@@ -140,7 +130,7 @@ def test_workers_leave_before_the_walltime_and_others_take_their_places(nodes: S
 def test_jobs_end_with_the_client(how: signal.Signals, nodes: Slurm, tmp_path: Path) -> None:
     folder, store = recordings(tmp_path / "in", slow_s=3), tmp_path / "store"
     before = set(nodes.jobs())
-    process = start(nodes, folder, store, cluster_file(tmp_path))
+    process = start(nodes, folder, store, two_nodes(tmp_path))
     wait_for(lambda: any(store.glob("d1/.s*.partial.zarr/streams")))
     process.send_signal(how)
     code, _, errors = end(process)
@@ -149,7 +139,9 @@ def test_jobs_end_with_the_client(how: signal.Signals, nodes: Slurm, tmp_path: P
 
 
 def test_a_job_that_is_refused_is_said_in_the_batch_systems_words(nodes: Slurm, tmp_path: Path) -> None:
-    process = start(nodes, recordings(tmp_path / "in"), tmp_path / "store", cluster_file(tmp_path, queue="nowhere"))
+    process = start(
+        nodes, recordings(tmp_path / "in", slow_s=0.8), tmp_path / "store", two_nodes(tmp_path, queue="nowhere")
+    )
     code, _, errors = end(process)
     assert code == 1
     last = errors.splitlines()[-1]
@@ -158,8 +150,8 @@ def test_a_job_that_is_refused_is_said_in_the_batch_systems_words(nodes: Slurm, 
 
 
 def test_jobs_that_end_before_they_are_workers_end_the_run(nodes: Slurm, tmp_path: Path) -> None:
-    broken = cluster_file(tmp_path, local_directory="/proc/not/a/place")
-    code, _, errors = end(start(nodes, recordings(tmp_path / "in"), tmp_path / "store", broken))
+    broken = two_nodes(tmp_path, local_directory="/proc/not/a/place")
+    code, _, errors = end(start(nodes, recordings(tmp_path / "in", slow_s=0.8), tmp_path / "store", broken))
     assert code == 1
     assert "no worker to be had: the jobs end before they have reached the scheduler. Check the" in errors
     assert f"see what jobs print, in {tmp_path / 'logs'}" in errors

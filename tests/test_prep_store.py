@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 from numpy.testing import assert_array_equal
-from store_builders import build_store
+from store_builders import a_recording, build_store
 
 import prep.store
 from prep.disk import DigestError, ShardFormatError, StoreError
@@ -145,8 +145,7 @@ def test_names_on_disk_are_single_folders(name: str, folder: str) -> None:
 
 @pytest.fixture
 def store(tmp_path: Path) -> Path:
-    recording = tmp_path / "recording.nwb"
-    recording.write_text("a recording")
+    recording = a_recording(tmp_path)
     build_store(tmp_path / "store", recording, "s1", "s2")
     return tmp_path / "store"
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from store_builders import build_store, tree
+from store_builders import a_recording, build_store, tree
 
 from prep.__main__ import main
 from prep.disk import StoreError
@@ -22,8 +22,7 @@ NUM_FLIPS = 100
 @pytest.fixture(scope="module")
 def pristine(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("verify")
-    recording = folder / "recording.nwb"
-    recording.write_text("a recording")
+    recording = a_recording(folder)
     build_store(folder / "store", recording, "s1", "s2")
     return folder / "store"
 
@@ -75,8 +74,7 @@ def test_a_sound_store_passes_and_says_so(store: Path, capsys: pytest.CaptureFix
 
 def test_one_flipped_byte_anywhere_is_found_and_never_read_as_data(tmp_path: Path) -> None:
     store, rng = tmp_path / "store", np.random.default_rng(1)
-    (tmp_path / "recording.nwb").write_text("a recording")
-    build_store(store, tmp_path / "recording.nwb", "s1")
+    build_store(store, a_recording(tmp_path), "s1")
     truth = read_everything(store)
     files = [name for name in tree(store) if (store / name).stat().st_size]
     data = [name for name in files if "/values/" in name or "/frames/" in name or "digests" in name]
