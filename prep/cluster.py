@@ -6,6 +6,7 @@ In: a cluster file, or the address of a scheduler. Out: a client; one line that 
 import contextlib
 import importlib
 import logging
+import multiprocessing
 import signal
 import sys
 import threading
@@ -17,6 +18,7 @@ from typing import Any
 
 import dask
 from distributed import Client, LocalCluster
+from distributed.core import Status
 from distributed.utils import silence_logging_cmgr
 
 from prep.cluster_config import BATCH, ClusterConfig
@@ -29,6 +31,7 @@ from prep.worker_jobs import Workforce, remembering
 CONNECT_S = 20
 LOOK_S = 0.25  # how often the watch looks
 WAITING_S = 30.0  # how often it says that there is no worker
+CLOSE_S = 30.0
 GONE_S = 120.0  # without a worker, where they are processes of this machine that are started again at once
 QUIET = {"distributed": "critical", "distributed.nanny": "critical", "distributed.worker": "critical"}
 # Dask has malloc hand back every 64 KiB: a shard of 32 MiB is then paid for in page faults again and again.
@@ -63,7 +66,8 @@ def connect(scheduler: str | None, workers: int, config: ClusterConfig | None = 
             client = _client_of(scheduler)
             cluster = None
         else:
-            cluster = stack.enter_context(_own_processes(workers) if config is None else _start(config))
+            cluster = _own_processes(workers) if config is None else _start(config)
+            stack.callback(_close, cluster)
             client = Client(cluster)
         stack.enter_context(client)
         where = _where(client, config)
@@ -115,6 +119,19 @@ def _own_processes(workers: int, **more: Any) -> Any:
         silence_logs=logging.CRITICAL,
         **more,
     )
+
+
+def _close(cluster: Any) -> None:
+    """Close a cluster; Dask waits for ever for a worker that dies just then, and is being started again."""
+    workers = list(cluster.workers.values())
+    try:
+        cluster.close(timeout=CLOSE_S)
+    except TimeoutError:
+        for worker in workers:
+            worker.status = Status.closing  # else it starts another process
+        for process in multiprocessing.active_children():
+            process.kill()
+        cluster.status = Status.closed  # else Dask waits once more when Python ends
 
 
 def _start(config: ClusterConfig) -> Any:

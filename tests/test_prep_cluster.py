@@ -3,7 +3,9 @@
 In: cluster files, stand-ins for recordings, a batch system and a Dask scheduler of the tests. Out: stores, exit codes.
 """
 
+import asyncio
 import contextlib
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -18,6 +20,7 @@ import pytest
 from batch_system import cluster_file, recordings
 from store_builders import tree
 
+import prep.cluster
 import prep.progress
 import prep.worker_jobs
 from prep.__main__ import main
@@ -423,3 +426,17 @@ def test_without_a_terminal_progress_is_a_line_every_half_minute(
             now[0] += 0.7
             show()
     assert capsys.readouterr().err == "prep ingest: 1 of 3 sessions; a.nwb 2/5 shards\n" * 2
+
+
+def test_a_worker_that_never_closes_does_not_keep_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(prep.cluster, "CLOSE_S", 1.0)
+
+    async def never(*_: Any, **__: Any) -> None:
+        await asyncio.sleep(PATIENCE_S)
+
+    began = time.monotonic()
+    with connect(None, 1) as client:
+        for worker in client.cluster.workers.values():
+            worker.close = never
+    assert time.monotonic() - began < PATIENCE_S / 2
+    wait_for(lambda: not multiprocessing.active_children())
