@@ -16,6 +16,7 @@ from distributed import Client, Future, KilledWorker, as_completed
 from prep.patience import PATIENCE_S, TOPIC, watched
 from prep.tasks import Failed, guarded, one_line
 
+RESULT_S = 20.0  # until a result is here
 LOOK_S = 1.0  # how often the workers are counted: clusters grow and shrink, workers die
 # A worker that dies in its first moments is not started again: its nanny has not yet noticed that it lived.
 NEW_S = 1.0
@@ -83,12 +84,17 @@ class Flow:
         if future.status in ("lost", "pending"):  # its result died with its worker: it is being computed again
             self.landed.add(future)
             return
+        try:
+            result = None if future.status == "error" or task.is_dropped else future.result(timeout=RESULT_S)
+        except TimeoutError:  # its worker died before the result had left it: `_look` will see that
+            self.landed.add(future)
+            return
         del self.flying[future]
         if future.status == "error":
             self.threads.pop(task.worker, None)  # until the next look tells whether it is there
             self._try_again(task, future, future.exception())
         elif not task.is_dropped:
-            task.on_done(future.result())
+            task.on_done(result)
 
     def _try_again(self, task: Task, future: Future, error: BaseException | None = None) -> None:
         """After a worker's death, or an error beside the task: unless it hung, or it was not the first time."""
