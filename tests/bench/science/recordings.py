@@ -11,7 +11,7 @@ import numpy as np
 
 SPLITS = ("train", "valid", "test")
 NUM_FOLDS = 5
-TRAIN_STOP, VALID_STOP = 0.7, 0.8  # fractions of the period
+TRAIN_STOP, VALID_STOP, VALID_OF_FOLD = 0.7, 0.8, 0.1  # fractions of the period
 MARGIN_S = 1.0  # lost on each side of a border: no window of one block comes near another's
 HEADING, POSITION = "acquisition/CompassDirection/ry", "acquisition/Position"
 TRACES = "processing/ophys/Fluorescence/RoiResponseSeries"
@@ -85,7 +85,7 @@ def _fold_parts(start: float, length: float, stop: float, fold: int) -> dict[str
     if fold not in range(NUM_FOLDS):
         raise ValueError(f"fold {fold}: expected one of 0..{NUM_FOLDS - 1}, or None for the main split")
     test = [start + length * fold / NUM_FOLDS, start + length * (fold + 1) / NUM_FOLDS]
-    tenth = (VALID_STOP - TRAIN_STOP) * length
+    tenth = VALID_OF_FOLD * length
     valid = [test[1], test[1] + tenth] if fold < NUM_FOLDS - 1 else [test[0] - tenth, test[0]]
     rest = [[start, min(test[0], valid[0])], [max(test[1], valid[1]), stop]]
     return {"train": [part for part in rest if part[1] - part[0] > 1e-6], "valid": [valid], "test": [test]}
