@@ -18,12 +18,8 @@ from train.build import build_model
 from train.config import FAMILIES, Family
 from train.dataset import Budget, Window, WindowReader, budget, make_sample
 from train.masking import Mask, draw_mask
-from train.model.modeling_brainloom import (
-    BrainloomForPreTraining,
-    gaussian_excess_nats,
-    poisson_excess_nats,
-    sum_by_modality,
-)
+from train.model.likelihoods_brainloom import sum_by_modality
+from train.model.modeling_brainloom import BrainloomForPreTraining
 
 RUN = tiny_run()
 PAIRS = [(family, session) for family in FAMILIES for session in SESSIONS]
@@ -210,20 +206,6 @@ def test_weights_depend_on_seed_and_name_alone() -> None:
     first, again, other = (dict(build_model(replace(RUN, seed=seed)).named_parameters()) for seed in (3, 3, 4))
     assert all(torch.equal(first[name], again[name]) for name in first)
     assert any(not torch.equal(first[name], other[name]) for name in first)
-
-
-def test_excess_nats_are_differences_of_log_probabilities() -> None:
-    chance = torch.Generator().manual_seed(0)
-    log_rate, log_scale, mean = (torch.randn(50, generator=chance, dtype=torch.float64) for _ in range(3))
-    null = torch.rand(50, generator=chance, dtype=torch.float64) + 0.01
-    counts = torch.poisson(log_rate.exp(), generator=chance)
-    poisson = torch.distributions.Poisson
-    expected = poisson(null).log_prob(counts) - poisson(log_rate.exp()).log_prob(counts)
-    torch.testing.assert_close(poisson_excess_nats(counts, log_rate, null), expected, rtol=1e-12, atol=1e-12)
-    values = torch.randn(50, generator=chance, dtype=torch.float64)
-    standard = torch.distributions.Normal(torch.zeros_like(mean), torch.ones_like(mean))
-    expected = standard.log_prob(values) - torch.distributions.Normal(mean, log_scale.exp()).log_prob(values)
-    torch.testing.assert_close(gaussian_excess_nats(values, mean, log_scale), expected, rtol=1e-12, atol=1e-12)
 
 
 def test_nats_are_summed_by_modality_over_what_was_observed() -> None:

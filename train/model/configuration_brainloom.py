@@ -8,6 +8,11 @@ from typing import Any
 from transformers import PretrainedConfig
 
 MODALITIES = ("spikes", "traces", "behavior", "stimulus")
+LIKELIHOODS = {  # what each modality's values may be drawn from; the first is the default
+    "spikes": ("poisson", "negative_binomial"),
+    "traces": ("gaussian", "student_t", "zero_inflated_gamma"),
+    "behavior": ("gaussian", "student_t"),
+}
 
 
 class BrainloomConfig(PretrainedConfig):
@@ -28,6 +33,7 @@ class BrainloomConfig(PretrainedConfig):
         latents_per_step: latents at each step.
         readout_hz: times per second at which the latents are read out; between them predictions are interpolated.
         rope_min_period_s, rope_max_period_s: range of the rotary periods in seconds.
+        likelihoods: family of each modality's values, of those in LIKELIHOODS; what is not named is the default.
         modality_weights: weight of each modality's nats per observed value in the loss.
         initializer_range: standard deviation of embeddings at the start.
         log_rate_limit: largest |log rate - log null rate| of a count.
@@ -52,6 +58,7 @@ class BrainloomConfig(PretrainedConfig):
         readout_hz: float = 50.0,
         rope_min_period_s: float = 0.1,
         rope_max_period_s: float = 60.0,
+        likelihoods: dict[str, str] | None = None,
         modality_weights: dict[str, float] | None = None,
         log_rate_limit: float = 6.0,
         rms_norm_eps: float = 1e-6,
@@ -65,6 +72,11 @@ class BrainloomConfig(PretrainedConfig):
             )
         if any(side % patch_size for side in image_size):
             raise ValueError(f"image_size {tuple(image_size)} must be a multiple of patch_size {patch_size}.")
+        chosen = {name: known[0] for name, known in LIKELIHOODS.items()} | (likelihoods or {})
+        for name, family in chosen.items():
+            if family not in LIKELIHOODS.get(name, ()):
+                valid = "; ".join(f"{modality}: {', '.join(known)}" for modality, known in LIKELIHOODS.items())
+                raise ValueError(f"likelihoods: {name} = {family!r} is not known. Valid are {valid}.")
         self.hidden_size = hidden_size
         self.num_hidden_layers = num_hidden_layers
         self.num_attention_heads = num_attention_heads
@@ -80,6 +92,7 @@ class BrainloomConfig(PretrainedConfig):
         self.readout_hz = readout_hz
         self.rope_min_period_s = rope_min_period_s
         self.rope_max_period_s = rope_max_period_s
+        self.likelihoods = chosen
         self.modality_weights = modality_weights or {"spikes": 20.0, "traces": 6.0, "behavior": 0.5}
         self.log_rate_limit = log_rate_limit
         self.rms_norm_eps = rms_norm_eps

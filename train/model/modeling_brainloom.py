@@ -9,7 +9,8 @@ a source's own readout, made from its identity, turns them into its prediction (
 Sinz 2018), so that asking for every unit at every time costs next to nothing.
 
 Shape suffixes: B batch, N visible tokens, Q queries, S sources, F frames, M patches of a frame, P samples per token,
-L latents, G times of the readout grid, D hidden_size, E unit_embed_size, H heads, C channels of a head, T keys.
+L latents, G times of the readout grid, R numbers of a readout, D hidden_size, E unit_embed_size, H heads,
+C channels of a head, T keys.
 """
 
 import math
@@ -22,11 +23,11 @@ from transformers import PreTrainedModel
 from transformers.utils.generic import ModelOutput
 
 from .configuration_brainloom import MODALITIES, BrainloomConfig
+from .likelihoods_brainloom import NUM_READOUTS, Likelihoods, Readout, sum_by_modality
 
 SPIKES, TRACES, BEHAVIOR, STIMULUS = range(len(MODALITIES))
 Angles = tuple[Tensor, Tensor]  # cos and sin of rotary phases
 TIME_BIAS = 1.2  # of queries and keys at the start: the larger, the nearer they look
-LOG_SCALE_LIMIT = 3.0  # a Gaussian's log standard deviation stays within +-3 of the train split's
 
 
 @dataclass
@@ -49,7 +50,8 @@ class BrainloomPreTrainingOutput(ModelOutput):
     Attributes:
         loss: weighted NLL - NLL_null in nats per observed value, mean over the batch; None without labels.
         predictions: expected value of each sample (B, Q, P): counts per bin for spikes, standardised value otherwise.
-        log_scale: log standard deviation of the Gaussian (B, Q, P); not used for spikes.
+        log_scale: log standard deviation of a Gaussian or Student-t (B, Q, P); not used by other likelihoods.
+        interval: lower and upper bound (B, Q, P) that hold a sample with the probability asked for; None unless asked.
         nats: sum of NLL - NLL_null per sample and modality (B, 3).
         num_values: observed values behind `nats` (B, 3).
         last_hidden_state: latents (B, L, D).
@@ -58,6 +60,7 @@ class BrainloomPreTrainingOutput(ModelOutput):
     loss: Tensor | None = None
     predictions: Tensor | None = None
     log_scale: Tensor | None = None
+    interval: tuple[Tensor, Tensor] | None = None
     nats: Tensor | None = None
     num_values: Tensor | None = None
     last_hidden_state: Tensor | None = None
@@ -287,11 +290,11 @@ class BrainloomDecoder(nn.Module):
         self.mlp = BrainloomMLP(config)
         self.norm = BrainloomRMSNorm(size, eps)
         self.source_layernorm = BrainloomRMSNorm(size, eps)
-        self.readout_proj = BrainloomZeroLinear(size, 2 * size, bias=False)
-        self.bias_proj = BrainloomZeroLinear(size, 2)
+        self.readout_proj = BrainloomZeroLinear(size, NUM_READOUTS * size, bias=False)
+        self.bias_proj = BrainloomZeroLinear(size, NUM_READOUTS)
 
     def forward(self, latents_BLD: Tensor, latent_time_s: Tensor, identity_BSD: Tensor) -> Tensor:
-        """Readouts (B, S, G, 2): of each source at each time of the grid, two numbers for its likelihood."""
+        """Readouts (B, S, G, R): of each source at each time of the grid, R numbers for its likelihood."""
         num_times = round(self.config.context_s * self.config.readout_hz)
         grid_s = (
             torch.arange(num_times, device=latents_BLD.device, dtype=torch.float32) + 0.5
@@ -301,18 +304,20 @@ class BrainloomDecoder(nn.Module):
         x_BGD = x_BGD + self.cross_attn(self.layernorm(x_BGD), latents_BLD, *angles)
         x_BGD = self.norm(x_BGD + self.mlp(self.post_attention_layernorm(x_BGD)))
         source_BSD = self.source_layernorm(identity_BSD)
-        weight = self.readout_proj(source_BSD).unflatten(-1, (2, -1)) / math.sqrt(x_BGD.shape[-1])
+        weight = self.readout_proj(source_BSD).unflatten(-1, (NUM_READOUTS, -1)) / math.sqrt(x_BGD.shape[-1])
         readout = torch.einsum("bsrd,bgd->bsgr", weight, x_BGD)
         out: Tensor = readout + self.bias_proj(source_BSD)[:, :, None]
         return out
 
 
 def interpolate(readout_BSGR: Tensor, source_BQ: Tensor, time_BQP: Tensor, readout_hz: float) -> Tensor:
-    """Readouts (B, Q, P, 2) of sources at any time, linear between the times of the grid, constant beyond its ends."""
+    """Readouts (B, Q, P, R) of sources at any time, linear between the times of the grid, constant beyond its ends."""
     num_times = readout_BSGR.shape[2]
     place = (time_BQP * readout_hz - 0.5).clamp(0, num_times - 1)
     lower = place.floor().clamp(max=max(0, num_times - 2))
-    index = (source_BQ[..., None] * num_times + lower.long()).flatten(1)[..., None].expand(-1, -1, 2)
+    index = (
+        (source_BQ[..., None] * num_times + lower.long()).flatten(1)[..., None].expand(-1, -1, readout_BSGR.shape[-1])
+    )
     flat = readout_BSGR.flatten(1, 2)
     below, above = (flat.gather(1, (index + step).clamp(max=flat.shape[1] - 1)) for step in (0, 1))
     share = (place - lower).flatten(1)[..., None].to(flat.dtype)
@@ -430,6 +435,7 @@ class BrainloomForPreTraining(BrainloomPreTrainedModel):
         super().__init__(config)
         self.model = BrainloomModel(config)
         self.decoder = BrainloomDecoder(config)
+        self.likelihoods = Likelihoods(config.likelihoods)
         self.post_init()
 
     def forward(
@@ -451,16 +457,19 @@ class BrainloomForPreTraining(BrainloomPreTrainedModel):
         query_sample_s: Tensor,
         labels: Tensor | None = None,
         label_mask: Tensor | None = None,
+        coverage: float | None = None,
     ) -> BrainloomPreTrainingOutput:
         """Predict the queries; the arguments up to `frame_mask` are BrainloomModel's.
 
         Args:
-            source_null: mean count per bin on the train split (B, S), positive; used for spikes alone.
+            source_null: what the null knows of each source (B, S), positive. Spikes: the train split's mean count per
+                bin. Traces under zero_inflated_gamma: its mean above physical zero, in standard deviations.
             query_source: source of each query (B, Q), an index into S.
             query_time_s: when its first sample starts (B, Q), seconds from the window's start.
             query_sample_s: seconds between its samples (B, Q).
             labels: the hidden samples (B, Q, P): counts for spikes, standardised values otherwise.
             label_mask: which labels were observed (B, Q, P), bool; the others may hold anything, NaN too.
+            coverage: probability with which the predictive interval shall hold a sample, for instance 0.9.
         """
         outputs = self.model(
             unit_embeds=unit_embeds,
@@ -482,20 +491,20 @@ class BrainloomForPreTraining(BrainloomPreTrainedModel):
         sample = torch.arange(self.config.samples_per_token, device=query_time_s.device)
         half_bin_BQ1 = 0.5 * (modality_BQ == SPIKES)[..., None]  # a count is of its bin, a trace of its instant
         time_BQP = query_time_s[..., None] + (sample + half_bin_BQ1) * query_sample_s[..., None]
-        mean, log_scale = interpolate(readout_BSGR, query_source, time_BQP, self.config.readout_hz).unbind(-1)
-        limit = self.config.log_rate_limit
+        readouts = interpolate(readout_BSGR, query_source, time_BQP, self.config.readout_hz)
         null_BQ1 = source_null.gather(1, query_source).float()[..., None]
-        log_rate = null_BQ1.log() + limit * torch.tanh(mean / limit)
-        log_scale = LOG_SCALE_LIMIT * torch.tanh(log_scale / LOG_SCALE_LIMIT)
-        predictions = torch.where((modality_BQ == SPIKES)[..., None], log_rate.exp(), mean)
-        result = BrainloomPreTrainingOutput(predictions=predictions, log_scale=log_scale, last_hidden_state=latents_BLD)
+        location, log_scale, shape, zero_logit = readouts.unbind(-1)
+        readout = Readout(location, log_scale, shape, zero_logit, null_BQ1, self.config.log_rate_limit)
+        modality_BQ1 = modality_BQ[..., None]
+        result = BrainloomPreTrainingOutput(
+            predictions=self.likelihoods.expected(readout, modality_BQ1),
+            log_scale=readout.log_std,
+            interval=None if coverage is None else self.likelihoods.interval(coverage, readout, modality_BQ1),
+            last_hidden_state=latents_BLD,
+        )
         if labels is not None and label_mask is not None:
             values = torch.where(label_mask, labels.float(), 0.0)
-            excess = torch.where(
-                (modality_BQ == SPIKES)[..., None],
-                poisson_excess_nats(values, log_rate, null_BQ1),
-                gaussian_excess_nats(values, mean, log_scale),
-            )
+            excess = self.likelihoods.excess_nats(values, readout, modality_BQ1)
             result.nats, result.num_values = sum_by_modality(excess, label_mask, modality_BQ)
             weight = result.nats.new_tensor([self.config.modality_weights[name] for name in MODALITIES[:3]])
             result.loss = (weight * result.nats / result.num_values.clamp(min=1)).sum(1).mean()
@@ -505,24 +514,6 @@ class BrainloomForPreTraining(BrainloomPreTrainedModel):
 def take_sources(identity_BSD: Tensor, source_BN: Tensor) -> Tensor:
     """The identity (B, N, D) of each token's source."""
     return identity_BSD.gather(1, source_BN[..., None].expand(-1, -1, identity_BSD.shape[-1]))
-
-
-def poisson_excess_nats(counts: Tensor, log_rate: Tensor, null_rate: Tensor) -> Tensor:
-    """Poisson NLL minus that of the null rate, nats per value; the counts' factorial cancels."""
-    return (log_rate.exp() - counts * log_rate) - (null_rate - counts * null_rate.log())
-
-
-def gaussian_excess_nats(values: Tensor, mean: Tensor, log_scale: Tensor) -> Tensor:
-    """Gaussian NLL minus that of the train split's mean and variance (0 and 1 after standardising), nats per value."""
-    return 0.5 * (((values - mean) * torch.exp(-log_scale)) ** 2 - values**2) + log_scale
-
-
-def sum_by_modality(excess_BQP: Tensor, mask_BQP: Tensor, modality_BQ: Tensor) -> tuple[Tensor, Tensor]:
-    """Sums of nats and numbers of values, both (B, 3)."""
-    per_query = torch.where(mask_BQP, excess_BQP, 0.0).sum(-1)
-    observed = mask_BQP.sum(-1).to(per_query.dtype)
-    is_modality = F.one_hot(modality_BQ, len(MODALITIES))[..., :3].to(per_query.dtype)
-    return torch.einsum("bq,bqm->bm", per_query, is_modality), torch.einsum("bq,bqm->bm", observed, is_modality)
 
 
 BrainloomModel.register_for_auto_class("AutoModel")

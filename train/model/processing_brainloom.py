@@ -20,8 +20,10 @@ from transformers import FeatureExtractionMixin
 from transformers.utils.hub import cached_file
 
 from .configuration_brainloom import MODALITIES
+from .likelihoods_brainloom import MIN_HEIGHT
 
 Array = npt.NDArray[Any]
+SPIKES, TRACES = MODALITIES.index("spikes"), MODALITIES.index("traces")
 STANDARD_LIMIT = 20.0  # standard deviations; what lies beyond is an artefact
 PIXEL_MEAN, PIXEL_SCALE = 127.5, 64.0
 UNITS_FILE, KEYS_FILE = "units.safetensors", "unit_keys.json"
@@ -126,7 +128,7 @@ class BrainloomProcessor(FeatureExtractionMixin):
             "unit_embeds": self.units["weight"][rows],
             "unit_features": self.units["features"][rows],
             "source_modality": modality,
-            "source_null": torch.where(modality == 0, mean, torch.ones_like(mean)),
+            "source_null": source_null(modality.numpy(), mean.numpy(), self.units["scale"][rows].numpy()),
             "input_values": token["standard"][visible],
             "input_observed": token["observed"][visible],
             "input_source": token["source"][visible],
@@ -175,6 +177,15 @@ def standardise(values: Array, mean: Array, scale: Array) -> npt.NDArray[np.floa
     """Values (n, P) by the train split's mean and scale (n,), limited; NaN stays NaN."""
     standard = (values - mean[:, None]) / scale[:, None]
     return np.clip(standard, -STANDARD_LIMIT, STANDARD_LIMIT).astype(np.float32)
+
+
+def source_null(modality: Array, mean: Array, scale: Array) -> npt.NDArray[np.float32]:
+    """What the model's null knows of each source (S,): mean count of spikes; of traces their mean above physical zero.
+
+    The latter in standard deviations, at least a little: where the mean is negative, physical zero means nothing.
+    """
+    height = np.maximum(mean / scale, np.float32(MIN_HEIGHT))
+    return np.where(modality == SPIKES, mean, np.where(modality == TRACES, height, 1)).astype(np.float32)
 
 
 def middle(start_s: Array, duration_s: Array | float) -> npt.NDArray[np.float32]:
