@@ -13,7 +13,7 @@ HOSTFILE ?= hostfiles/cluster
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-all bench check lint prep inspect verify report hostfile train eval export push campaign
+.PHONY: help install demo test test-all bench check lint prep inspect verify report hostfile train eval audit export push campaign
 
 help:  ## print this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -71,6 +71,9 @@ train: .venv/installed  ## RUN=train/configs/x.yaml STORE=store OUT=runs/x [HOST
 
 eval: .venv/installed  ## RUN_DIR=runs/x: held-out deviance explained per modality and task
 	$(PY) -m train eval $(RUN_DIR) $(ARGS)
+
+audit: .venv/installed  ## RUN_DIR=runs/x: show that nothing a task hides reaches the model
+	$(PY) -m train audit $(RUN_DIR) $(ARGS)
 
 export: .venv/installed  ## RUN_DIR=runs/x HUB=dir: checkpoint -> hub folder
 	$(PY) -m train export $(RUN_DIR) --hub $(HUB) $(ARGS)

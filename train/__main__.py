@@ -1,4 +1,4 @@
-"""The command line of train: `python -m train train | eval | export | push | hostfile | launch | demo | worker`.
+"""The command line of train: `python -m train train | eval | audit | export | push | hostfile | launch | demo`.
 
 In: arguments. Out: exit code 0 done, 1 something failed (named), 2 usage or configuration.
 """
@@ -11,6 +11,7 @@ from collections.abc import Sequence
 COMMANDS = {  # command: (module, what it does)
     "train": ("train.start", "train a model on a store, on the hosts of a hostfile; resumes by itself"),
     "eval": ("train.evaluate", "held-out deviance explained, per modality and task"),
+    "audit": ("train.audit", "show that nothing a task hides reaches the model"),
     "export": ("train.export", "turn the newest checkpoint into a hub folder"),
     "push": ("train.push", "upload a hub folder to a model hub"),
     "hostfile": ("train.hostfile", "write a hostfile from SLURM, a list of nodes or this machine"),
