@@ -9,10 +9,11 @@ from collections.abc import Callable
 from dataclasses import replace
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from train.audit_windows import Predictions
+from train.audit_windows import Array, Predictions
 from train.build import model_config
 from train.config import Family
 from train.dataset import Window, WindowReader, collate
@@ -80,19 +81,25 @@ class TrainingBatches:
 def mask_of(batch: dict[str, Tensor], number: int, window: Window) -> tuple[Mask, int]:
     """Which tokens (n,) of its window a sample sees, and of which it has labels; how many tokens are not of it."""
     tokens = window.tokens
-    middle_s, start_s = middle(tokens.start_s, tokens.stop_s - tokens.start_s), tokens.start_s.astype(np.float32)
-    present = batch["input_mask"][number], batch["label_mask"][number].any(-1)
+    middle_s = middle(tokens.start_s, tokens.stop_s - tokens.start_s)
     num_strange, found = 0, []
-    for kind, times, chosen in zip(("input", "query"), (middle_s, start_s), present, strict=True):
-        place = {key: token for token, key in enumerate(zip(tokens.source.tolist(), times.tolist(), strict=True))}
-        keys = zip(*(batch[f"{kind}_{of}"][number][chosen].tolist() for of in ("source", "time_s")), strict=True)
-        known = [place.get(key, -1) for key in keys]
-        mask = np.zeros(len(times), np.bool_)
-        mask[[token for token in known if token >= 0]] = True
-        num_strange += known.count(-1)
-        found.append(mask)
+    for kind, time_s, present in (
+        ("input", middle_s, batch["input_mask"][number]),
+        ("query", tokens.start_s, batch["label_mask"][number].any(-1)),
+    ):
+        of_window = _keys(tokens.source, time_s)
+        source, own_time_s = (batch[f"{kind}_{column}"][number][present].numpy() for column in ("source", "time_s"))
+        of_sample = _keys(source, own_time_s)
+        num_strange += int((~np.isin(of_sample, of_window)).sum())
+        found.append(np.isin(of_window, of_sample))
     visible, asked = found
     return Mask(visible, asked, frames=bool(batch["frame_mask"][number].any())), num_strange
+
+
+def _keys(source: Array, time_s: Array) -> npt.NDArray[np.int64]:
+    """A token by its source and the bits of its time, as one number."""
+    keys: npt.NDArray[np.int64] = source.astype(np.int64) << 32 | time_s.astype(np.float32).view(np.uint32)
+    return keys
 
 
 def own_mask_share(batches: TrainingBatches, windows: list[Window]) -> float | None:
