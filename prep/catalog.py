@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from prep.disk import StoreError, locked, read_json, sha256, write_json
+from prep.frames import STIMULI
 from prep.settings import FEATURE_NAMES, FEATURES_VERSION, FORMAT_VERSION
 from prep.store import catalog_digest, manifest_path, sanitise
 
 MANIFEST = ".manifest.json"
-STIMULI = "stimuli"
 AWAY = ".away"  # in a sealed folder whose bytes are in a bucket: prep/mirror.py has seen them there
 SESSION_KEYS = ("path", "dataset_id", "session_id", "sources", "recipe_digest", "features_version", "streams")
 RESERVED = {STIMULI, "catalog.json", "failed.jsonl"}

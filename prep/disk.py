@@ -64,8 +64,13 @@ def appears_whole(path: Path) -> Iterator[Path]:
         _sync(temporary)
 
 
-def write_bytes(path: Path, *parts: bytes | memoryview, is_kept: bool = True) -> Entry:
-    """Write a file atomically. Returns what a manifest says of it, made while the bytes are warm.
+def write_bytes(path: Path, content: bytes | memoryview, is_kept: bool = True) -> Entry:
+    """Write a file atomically. Returns what a manifest says of it."""
+    return write_parts(path, [content], is_kept)
+
+
+def write_parts(path: Path, parts: Iterable[bytes | memoryview], is_kept: bool = True) -> Entry:
+    """Write a file atomically, part by part. Returns what a manifest says of it, made while each part is warm.
 
     It survives a power cut when this returns, or at the end of `written_together`; never where it is not `is_kept`.
     """

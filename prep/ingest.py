@@ -23,6 +23,7 @@ from prep.cluster import connect, job_script
 from prep.disk import StoreError, locked
 from prep.files import STAGE, InputFile, Staging, find_files
 from prep.flow import Flow, Task
+from prep.frames import num_stimulus_shards, stimulus_folder
 from prep.ingest_report import Outcome, print_table, write_failures
 from prep.jobs import Job, Look, StimulusJob, batched, is_small, named, shard_runs
 from prep.mirror import Mirror, destination
@@ -45,11 +46,9 @@ from prep.tasks import (
 )
 from prep.write_session import (
     Target,
-    num_stimulus_shards,
     renamed,
     runs_of_shards,
     session_folder,
-    stimulus_folder,
     write_stimulus_shards,
 )
 
@@ -107,7 +106,7 @@ class Run:
         self._look(looks)
 
     def _plan(self, job: Job, planner: Planner, recipe: Any, mine: Sequence[Sealed]) -> None:
-        args = (planner, job.file, recipe, mine, self.root)
+        args = (planner, job.file, recipe, mine, self.root, "" if self.is_dry else self.run)
         job.planning = self.submit(partial(self._planned, job), "", plan_task, *args)
 
     def _look(self, looks: Sequence[Look]) -> None:

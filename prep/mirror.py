@@ -20,8 +20,9 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from prep import catalog
-from prep.catalog import AWAY, MANIFEST, STIMULI, is_away, manifests, read_manifest, sealed_folder
+from prep.catalog import AWAY, MANIFEST, is_away, manifests, read_manifest, sealed_folder
 from prep.disk import ShardFormatError, StoreError, json_bytes, locked, parse_json, write_bytes, write_json
+from prep.frames import STIMULI
 from prep.remote import fetch
 from prep.s3 import (
     ABSENT,
@@ -131,7 +132,7 @@ class Mirror:
             return
         if not path.exists() or path.read_bytes() != text:
             _forget(path)
-            write_bytes(folder / AWAY)
+            write_bytes(folder / AWAY, b"")
             write_bytes(folder / ROOT, fetch(f"{self.url}/{folder_of(name)}/{ROOT}")[0])
             write_bytes(path, text)  # last: without it the folder is a leftover
         _sweep(folder)  # a run that was killed left the rest
@@ -226,7 +227,7 @@ class Mirror:
         """Let go of the bytes of what was sent, unless it was made again meanwhile."""
         with locked(self.build):
             if manifest_path(here).exists() and manifest_path(here).read_bytes() == text:
-                write_bytes(here / AWAY)
+                write_bytes(here / AWAY, b"")
                 _sweep(here)
 
     def _text(self, name: str) -> bytes | None:

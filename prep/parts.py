@@ -47,6 +47,11 @@ def read_part(partial: Path, name: str) -> ShardPart:
     return ShardPart(files=json.loads(arrays.pop("files.json").tobytes()), arrays=arrays)
 
 
+def has_part(partial: Path, name: str) -> bool:
+    """Whether a part of this name was left."""
+    return (partial / FOLDER / f"{name}.npz").exists()
+
+
 def remove_parts(partial: Path) -> None:
     """Remove all parts, before the seal."""
     shutil.rmtree(partial / FOLDER, ignore_errors=True)

@@ -13,8 +13,8 @@ from pathlib import Path
 from prep.catalog import read_manifest
 from prep.disk import ShardFormatError, StoreError, locked, read_json
 from prep.files import STAGE
+from prep.frames import PARTIAL
 from prep.store import manifest_path
-from prep.write_session import PARTIAL
 
 
 @contextlib.contextmanager

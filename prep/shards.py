@@ -5,7 +5,7 @@ In: numpy arrays, or the folder of an array. Out: zarr.json, shards and their di
 
 import math
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -17,7 +17,7 @@ import numpy.typing as npt
 from numcodecs import Zstd
 
 from prep.cache import MEND, LocalFiles, Sealed
-from prep.disk import DigestError, StoreError, read_json, sha256, write_bytes, write_json
+from prep.disk import DigestError, StoreError, read_json, sha256, write_bytes, write_json, write_parts
 from prep.mapped import MAPPINGS, Checked, Mapped
 
 Array = npt.NDArray[Any]
@@ -127,17 +127,27 @@ def write_shard(path: Path, spec: RowsSpec, shard: int, rows: Array) -> dict[str
         )
     if is_all_missing(rows, spec.fill):
         return {}
-    chunks = [_encode_chunk(spec, rows[i : i + spec.chunk_rows]) for i in range(0, expected, spec.chunk_rows)]
-    sizes = np.array([len(chunk) for chunk in chunks], np.uint64)
-    index = np.full((spec.chunks_per_shard, 2), MISSING_CHUNK, "<u8")
-    index[: len(chunks), 1] = sizes
-    index[: len(chunks), 0] = np.cumsum(sizes) - sizes
-    digests = np.array([google_crc32c.value(_read_only(chunk)) for chunk in chunks], "<u4").tobytes()
+    sizes: list[int] = []
+    digests: list[int] = []
     key = "/".join(["c", str(shard), *["0"] * (len(spec.shape) - 1)])
+    entry = write_parts(path / key, _shard_parts(spec, rows, sizes, digests))
     return {
-        f"digests/{shard}": write_bytes(path / "digests" / str(shard), digests, _crc32c(digests)),
-        key: write_bytes(path / key, *chunks, index.tobytes(), _crc32c(index.tobytes())),
+        f"digests/{shard}": write_bytes(path / "digests" / str(shard), _sealed(np.array(digests, "<u4"))),
+        key: entry,
     }
+
+
+def _shard_parts(spec: RowsSpec, rows: Array, sizes: list[int], digests: list[int]) -> Iterator[bytes | memoryview]:
+    """The bytes of a shard, chunk by chunk; size and digest of each chunk are taken while it is warm."""
+    for first in range(0, len(rows), spec.chunk_rows):
+        chunk = _encode_chunk(spec, rows[first : first + spec.chunk_rows])
+        sizes.append(len(chunk))
+        digests.append(google_crc32c.value(_read_only(chunk)))
+        yield chunk
+    index = np.full((spec.chunks_per_shard, 2), MISSING_CHUNK, "<u8")
+    index[: len(sizes), 1] = sizes
+    index[: len(sizes), 0] = np.cumsum(sizes) - sizes
+    yield _sealed(index)
 
 
 def is_all_missing(rows: Array, fill: float | int) -> bool:
@@ -162,6 +172,11 @@ def _encode_chunk(spec: RowsSpec, rows: Array) -> memoryview:
 def _read_only(chunk: memoryview) -> Array:
     """A chunk as crc32c takes it: it wants bytes or an array that cannot be written."""
     return np.frombuffer(chunk.toreadonly(), np.uint8)
+
+
+def _sealed(table: Array) -> bytes:
+    """A table's bytes and their crc32c."""
+    return table.tobytes() + _crc32c(table.tobytes())
 
 
 def _crc32c(data: bytes) -> bytes:

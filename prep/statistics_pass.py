@@ -21,6 +21,7 @@ Bool = npt.NDArray[np.bool_]
 Part = dict[str, Float]  # of one shard: central moments by name, and the tokens at its borders
 
 BLOCK_VALUES = 2**17  # values held at once: 1 MiB of float64, so that a handful of passes stay in the cache
+FEW_COLUMNS = 8  # from so many on numpy adds them in another order
 MEAN_FLOOR = 1e-4  # counts per bin
 COUNT_SCALE_FLOOR = 1e-2  # the standard deviation of a Poisson count at MEAN_FLOOR
 SCALE_FLOOR = 1e-6
@@ -115,10 +116,7 @@ class _Sums:
         """Add tokens (k, S, P); `is_neighbour` (k,): follows the token before without a gap."""
         k, num_sources, num_samples = values.shape
         x = values.reshape(k, -1).astype(np.float64)  # columns: source by source, sample by sample
-        if self._is_whole(values, x):
-            self._set_shift(x.reshape(values.shape), np.ones((1, num_sources, 1), np.bool_))
-            x -= np.repeat(self.shift, num_samples)
-            self._add_whole(x, num_samples, is_neighbour)
+        if self._add_whole(values, x, is_neighbour):
             return
         seen = ~is_missing(values, self.spec.rows().fill).reshape(k, -1)
         seen &= np.isfinite(x)
@@ -132,37 +130,47 @@ class _Sums:
         self.moments["sums"] += np.stack([whole.sum(0), kept.sum(0), (kept * kept).sum(0), np.zeros(num_sources)])
         self._add_tokens(ratio(total, num_seen), num_seen > 0, is_neighbour)
 
-    def _is_whole(self, values: npt.NDArray[Any], x: Float) -> bool:
-        """Whether every sample was observed, which most blocks are."""
-        if self.spec.kind == "counts":
-            return not is_missing(values, self.spec.rows().fill).any()
-        return bool(np.isfinite(x.sum()))  # any sample that is not finite makes the sum so
+    def _add_whole(self, values: npt.NDArray[Any], x: Float, is_neighbour: Bool) -> bool:
+        """Add tokens (k, S, P), x (k, S * P), that were all observed: the same sums as of any, in fewer passes.
 
-    def _add_whole(self, x: Float, num_samples: int, is_neighbour: Bool) -> None:
-        """Add tokens (k, S * P) about the shift, all observed: the same sums as of any, in fewer passes."""
-        k, num_sources = len(x), self.spec.num_sources
-        by_source = (num_sources, num_samples)
-        square = x * x
-        first, second = x.sum(0).reshape(by_source), square.sum(0).reshape(by_source)
-        third = _products(square, x).reshape(by_source)
-        n = np.full(num_sources, float(k))
-        self.moments["samples"] += np.stack([n * num_samples, first.sum(1), second.sum(1), third.sum(1)])
-        if num_samples > 1:
-            product = _by_source(_products(x[:, 1:], x[:, :-1]), by_source)
-            ends = [table[:, side].sum(1) for table in (first, second) for side in (slice(-1), slice(1, None))]
-            self.pairs["sample_pairs"] += np.stack([n * (num_samples - 1), *ends, product])
-        mean = _totals(x, num_samples)
-        total, squares = mean.sum(0), _products(mean, mean)
-        self.moments["sums"] += np.stack([n, total, squares, np.zeros(num_sources)])
+        False, and nothing is added or changed, where one was not.
+        """
+        num_samples = values.shape[2]
+        if self.spec.kind == "counts" and is_missing(values, self.spec.rows().fill).any():
+            return False
+        shift = np.where(np.isnan(self.shift), values[0, :, 0], self.shift)
+        centred = x - np.repeat(shift, num_samples)
+        first = centred.sum(0)
+        if not np.isfinite(first).all():  # any sample that is not finite makes its sum so
+            return False
+        self.shift = shift
+        self._add_columns(centred, first, num_samples)
+        mean = _totals(centred, num_samples)
+        n, total, squares = float(len(x)), mean.sum(0), _products(mean, mean)
+        _add_rows(self.moments["sums"], n, total, squares)
         mean /= num_samples
         population = mean.mean(1) + self.shift.mean()
         if np.isnan(self.population_shift):
             self.population_shift = float(population[0])
         population -= self.population_shift
-        level, power = (np.full(num_sources, sums) for sums in (population.sum(), (population**2).sum()))
         shared = np.einsum("i,ij->j", population, mean)
-        self.pairs["population"] += np.stack([n, mean.sum(0), level, squares / num_samples**2, power, shared])
+        level, power = population.sum(), (population**2).sum()
+        _add_rows(self.pairs["population"], n, mean.sum(0), level, squares / num_samples**2, power, shared)
         self._add_neighbours(mean, is_neighbour)
+        return True
+
+    def _add_columns(self, x: Float, first: Float, num_samples: int) -> None:
+        """Add samples x (k, S * P), all observed; `first` are the sums of their columns."""
+        by_source, n = (self.spec.num_sources, num_samples), float(len(x))
+        square = x * x
+        second, third = square.sum(0), _products(square, x)
+        sums = [table.reshape(by_source) for table in (first, second, third)]
+        _add_rows(self.moments["samples"], n * num_samples, *map(_row_sums, sums))
+        if num_samples > 1:
+            product = np.append(_products(x[:, 1:], x[:, :-1]), 0.0).reshape(by_source)
+            ends = [table[:, side] for table in sums[:2] for side in (slice(-1), slice(1, None))]
+            # The last product of a source is with the first sample of the next source.
+            _add_rows(self.pairs["sample_pairs"], n * (num_samples - 1), *map(_row_sums, (*ends, product[:, :-1])))
 
     def _add_neighbours(self, mean: Float, is_neighbour: Bool) -> None:
         """Pairs of tokens that follow each other, of means (k, S) that were all seen."""
@@ -171,10 +179,8 @@ class _Sums:
         x, y = mean[:-1], mean[1:]
         if not is_neighbour[1:].all():
             x, y = x[is_neighbour[1:]], y[is_neighbour[1:]]
-        n = np.full(mean.shape[1], float(len(x)))
-        self.pairs["token_pairs"] += np.stack(
-            [n, x.sum(0), y.sum(0), _products(x, x), _products(y, y), _products(x, y)]
-        )
+        sums = (x.sum(0), y.sum(0), _products(x, x), _products(y, y), _products(x, y))
+        _add_rows(self.pairs["token_pairs"], float(len(x)), *sums)
 
     def _join(self, mean: Float, seen: Bool, is_neighbour: Bool) -> None:
         """The pair of the block before's last token and this one's first."""
@@ -241,6 +247,22 @@ def _products(x: Float, y: Float) -> Float:
     """Sums (n,) of the products of the columns of x and y (k, n)."""
     result: Float = np.einsum("ij,ij->j", x, y)
     return result
+
+
+def _add_rows(table: Float, *rows: Float | float) -> None:
+    """Add each row (S,) to its row of a table; the table may have more."""
+    for own, row in zip(table, rows, strict=False):
+        own += row
+
+
+def _row_sums(table: Float) -> Float:
+    """Sums (n,) of the rows of a table (n, P); few columns are added one by one, which gives the same much sooner."""
+    if table.shape[1] >= FEW_COLUMNS:
+        return np.asarray(table.sum(1))
+    total = table[:, 0].copy()
+    for column in table.T[1:]:
+        total += column
+    return total
 
 
 def _totals(x: Float, num_samples: int) -> Float:

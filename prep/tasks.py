@@ -15,6 +15,7 @@ from typing import Any
 from prep.catalog import Sealed, Source, is_whole
 from prep.disk import StoreError, in_words, read_json
 from prep.files import InputFile, RemoteFile
+from prep.frames import stimulus_folder, writing_what_is_seen
 from prep.mirror import Mirror
 from prep.plan import Found, PlannedStimulus, PrepError, SessionPlan
 from prep.staging import discard, known_source, release, stage
@@ -25,7 +26,6 @@ from prep.write_session import (
     finish_stimulus,
     renamed,
     source_of,
-    stimulus_folder,
     write_stream_shards,
 )
 
@@ -120,10 +120,13 @@ def alike(file: InputFile, sources: Sequence[Source]) -> bool:
     return sizes == known
 
 
-def plan_task(planner: Planner, file: InputFile, recipe: Any, sealed: Sequence[Sealed], root: Path) -> Planned:
+def plan_task(
+    planner: Planner, file: InputFile, recipe: Any, sealed: Sequence[Sealed], root: Path, run: str
+) -> Planned:
     """Read what is in the files of a session, unless this very content was ingested with this very recipe.
 
-    `sealed`: the sessions that this recipe has made of files of these names.
+    `sealed`: the sessions that this recipe has made of files of these names. `run`: that may write what it sees; "" for
+    none.
     """
     started, stamps = time.monotonic(), () if file.remotes else _stamps(file.paths)
     for find_sources in (_known_sources, _sources):
@@ -133,7 +136,8 @@ def plan_task(planner: Planner, file: InputFile, recipe: Any, sealed: Sequence[S
             release(file.remotes, root)
             return there
     try:
-        plan = planner(file.paths, recipe, file.dataset_id)
+        with writing_what_is_seen(root, run) if run else contextlib.nullcontext():
+            plan = planner(file.paths, recipe, file.dataset_id)
         check(plan)
     except PrepError:
         discard(file.remotes)

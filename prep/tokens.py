@@ -137,9 +137,11 @@ class CountTokens:
         number, place, counts = np.diff(first, append=len(place)), place[first], self.counts.reshape(-1)
         counts[place] = np.minimum(counts[place] + number, COUNT_MAX)
 
-    def values(self) -> npt.NDArray[np.uint8]:
-        """Counts (k, S, P), saturated at COUNT_MAX."""
-        return np.ascontiguousarray(self.counts.reshape(len(self.counts), -1, BINS_PER_TOKEN).transpose(1, 0, 2))
+    def values(self, first_token: int, stop_token: int) -> npt.NDArray[np.uint8]:
+        """Counts (k, S, P) of some of the tokens, saturated at COUNT_MAX."""
+        bins = slice(first_token * BINS_PER_TOKEN - self.first_bin, stop_token * BINS_PER_TOKEN - self.first_bin)
+        counts = self.counts[:, bins].reshape(len(self.counts), -1, BINS_PER_TOKEN)
+        return np.ascontiguousarray(counts.transpose(1, 0, 2))
 
 
 def num_saturated(time_ns: Index, unit: Index) -> int:

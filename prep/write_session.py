@@ -7,7 +7,6 @@ renamed and sealed.
 import hashlib
 import importlib.metadata
 import itertools
-import math
 import os
 import re
 import shutil
@@ -18,8 +17,17 @@ from typing import Any, Literal
 
 import numpy as np
 
-from prep.catalog import STIMULI, Source, dataset_folder, has_its_files, read_manifest
+from prep.catalog import Source, dataset_folder, has_its_files, read_manifest
 from prep.disk import StoreError, files_below, locked, sha256, written_together
+from prep.frames import (
+    PARTIAL,
+    num_stimulus_shards,
+    partial_folder,
+    stimulus_folder,
+    stimulus_rows,
+    was_seen,
+    write_frames,
+)
 from prep.parts import Files, read_part, remove_parts, write_part
 from prep.plan import (
     FrameReader,
@@ -34,11 +42,9 @@ from prep.plan import (
 from prep.settings import FEATURE_NAMES, FEATURES_VERSION, FORMAT_VERSION, SPLITS, STREAM_FEATURES
 from prep.shards import Array, RowsSpec, create_rows, write_array, write_group, write_shard, write_text
 from prep.statistics_pass import Statistics, shard_part, statistics, train_tokens
-from prep.store import SHARD_BYTES, create_stream, manifest_files, manifest_path, sanitise, seal
+from prep.store import create_stream, manifest_files, manifest_path, sanitise, seal
 from prep.unit_features import unit_features
 
-FRAME_CHUNK_BYTES = 2**20
-PARTIAL = ".partial.zarr"
 SCRATCH = ".scratch"  # what was read and waits for its shard
 RUN_SHARDS = 16  # at most, that one task writes: a chunk of the recording on the border of two is decoded for both
 LONGEST_ID = 120  # characters of a folder's name that `sanitise` keeps
@@ -58,11 +64,6 @@ class Target:
     def partial(self) -> Path:
         """What is written before it is renamed: no other run writes there."""
         return partial_folder(self.root / self.folder, self.run)
-
-
-def partial_folder(folder: Path, run: str) -> Path:
-    """The folder in which `run` writes what becomes `folder`."""
-    return folder.with_name(f".{folder.name.removesuffix('.zarr')}.{run}{PARTIAL}")
 
 
 def software_version() -> str:
@@ -170,34 +171,15 @@ def _write_values(plan: SessionPlan, target: Target, number: int, shard: int, va
     write_part(target.partial, f"{spec.name}.{shard}", {f"{folder}/{name}": e for name, e in files.items()}, arrays)
 
 
-def stimulus_rows(stimulus: PlannedStimulus) -> RowsSpec:
-    """The layout of a stimulus' frames: chunks of about 1 MiB, shards of about 32."""
-    frames, *size = stimulus.shape
-    chunk = max(1, min(frames, FRAME_CHUNK_BYTES // max(1, math.prod(size))))
-    chunks = max(1, min(SHARD_BYTES // max(1, chunk * math.prod(size)), math.ceil(frames / chunk)))
-    return RowsSpec(
-        shape=stimulus.shape, dtype="uint8", fill=0, chunk_rows=chunk, shard_rows=chunk * chunks, codec="raw"
-    )
-
-
-def num_stimulus_shards(stimulus: PlannedStimulus) -> int:
-    """Shards along the frame axis."""
-    return math.ceil(stimulus.shape[0] / stimulus_rows(stimulus).shard_rows)
-
-
-def stimulus_folder(root: Path, digest: str) -> Path:
-    """Where a stimulus' pixels lie."""
-    return root / STIMULI / f"{digest}.zarr"
-
-
 def write_stimulus_shards(root: Path, run: str, stimulus: PlannedStimulus, first: int, stop: int) -> None:
-    """One task: whole shards [first, stop) of frames."""
-    rows = stimulus_rows(stimulus)
+    """One task: whole shards [first, stop) of frames, unless they were written while they were looked at."""
+    rows = stimulus_rows(stimulus.shape)
     partial = partial_folder(stimulus_folder(root, stimulus.digest), run)
+    if was_seen(partial):
+        return
     with written_together():
         for shard, frames in enumerate(_pieces(stimulus.reader, rows, (first, stop), partial / SCRATCH), first):
-            files = write_shard(partial / "frames", rows, shard, frames)
-            write_part(partial, str(shard), {f"frames/{name}": entry for name, entry in files.items()}, {})
+            write_frames(partial, rows, shard, frames)
 
 
 def finish_stimulus(root: Path, run: str, stimulus: PlannedStimulus) -> None:
@@ -206,7 +188,7 @@ def finish_stimulus(root: Path, run: str, stimulus: PlannedStimulus) -> None:
     partial = partial_folder(folder, run)
     with written_together() as written:
         write_group(partial, {"brainloom": {"format": FORMAT_VERSION, "digest": stimulus.digest}})
-        create_rows(partial / "frames", stimulus_rows(stimulus))
+        create_rows(partial / "frames", stimulus_rows(stimulus.shape))
     entry = {
         "digest": stimulus.digest,
         "path": folder.relative_to(root).as_posix(),

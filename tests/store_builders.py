@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from prep import catalog
+from prep.frames import num_stimulus_shards
 from prep.plan import (
     Finding,
     Found,
@@ -32,7 +33,6 @@ from prep.write_session import (
     check,
     finish_session,
     finish_stimulus,
-    num_stimulus_shards,
     runs_of_shards,
     session_folder,
     source_of,

@@ -47,6 +47,7 @@ FLOW = [
     "store",
     "plan",
     "parts",
+    "frames",
     "asset_files",
     "recipe",
     "text_table",

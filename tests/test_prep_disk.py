@@ -12,7 +12,7 @@ import pytest
 from store_builders import build_store
 
 from prep.catalog import MANIFEST, sealed_folder
-from prep.disk import appears_whole, files_below, sha256, write_bytes, written_together
+from prep.disk import appears_whole, files_below, sha256, write_bytes, write_parts, written_together
 
 
 @pytest.fixture
@@ -55,7 +55,7 @@ def is_in(path: Path, durable: set[int]) -> bool:
 
 
 def test_a_file_is_durable_when_it_is_written_or_with_others_at_the_end(tmp_path: Path, durable: set[int]) -> None:
-    alone = write_bytes(tmp_path / "alone", b"1", b"2")
+    alone = write_parts(tmp_path / "alone", [b"1", b"2"])
     assert is_in(tmp_path / "alone", durable) and alone == {"bytes": 2, "sha256": sha256(tmp_path / "alone")}
     with written_together() as written:
         entry = write_bytes(tmp_path / "deep" / "first", b"3")
@@ -85,7 +85,7 @@ def test_what_fails_half_way_leaves_nothing(tmp_path: Path) -> None:
         raise ValueError("no more")
 
     with pytest.raises(ValueError, match="no more"):
-        write_bytes(tmp_path / "a", *parts())
+        write_parts(tmp_path / "a", parts())
     with pytest.raises(ValueError, match="no more"), appears_whole(tmp_path / "b") as temporary:
         temporary.write_bytes(b"1")
         raise ValueError("no more")

@@ -12,7 +12,7 @@ from prep.tokens import CountTokens, Observed, cos_sin, cut_samples, num_saturat
 def count(time_ns: list[int], unit: list[int], first_token: int = 0, num_tokens: int = 2, num_units: int = 2):
     tokens = CountTokens(first_token, num_tokens, num_units)
     tokens.add(np.array(time_ns, np.int64), np.array(unit))
-    return tokens.values()
+    return tokens.values(first_token, first_token + num_tokens)
 
 
 def test_a_spike_on_the_edge_belongs_to_the_later_bin():

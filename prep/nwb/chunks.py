@@ -23,8 +23,8 @@ Key = tuple[Any, tuple[int, ...]]  # the dataset, and where the chunk begins
 SIZES = range(2**16, 2**26)  # bytes of a chunk: HDF5 is quicker at smaller ones, and holds larger ones fewer times
 KEPT_BYTES = 96 * 2**20  # in memory
 PACKED_BY = ([h5py.h5z.FILTER_DEFLATE], [h5py.h5z.FILTER_SHUFFLE, h5py.h5z.FILTER_DEFLATE])
-WORDS = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}
-BLOCK_WORDS = 2**14  # unshuffled at once: they stay in the nearest cache
+ITEM_BYTES = (1, 2, 4, 8)
+BLOCK_WORDS = 2**16  # unshuffled at once: they stay in the cache
 
 
 class _Kept(OrderedDict[Key, Array]):
@@ -110,7 +110,7 @@ def _is_packed(data: Any) -> bool:
     """Whether a dataset is of HDF5, in chunks of little-endian numbers, packed by gzip and nothing else."""
     if not isinstance(data, h5py.Dataset) or data.chunks is None or 0 in data.shape:
         return False
-    if data.dtype.kind not in "fiu" or data.dtype.str[0] == ">" or data.dtype.itemsize not in WORDS:
+    if data.dtype.kind not in "fiu" or data.dtype.str[0] == ">" or data.dtype.itemsize not in ITEM_BYTES:
         return False
     plist = data.id.get_create_plist()
     filters = [plist.get_filter(number)[0] for number in range(plist.get_nfilters())]
@@ -180,15 +180,20 @@ def _by_hdf5(data: h5py.Dataset, corner: tuple[int, ...]) -> Array:
 
 def _unshuffled(content: bytes, dtype: np.dtype[Any]) -> Array:
     """Numbers (n,) whose first bytes stand together, then their second bytes, and so on."""
-    word: Any = WORDS[dtype.itemsize]
     planes = np.frombuffer(content, np.uint8).reshape(dtype.itemsize, -1)
-    words, part = np.empty(planes.shape[1], word), np.empty(BLOCK_WORDS, word)
+    words = np.empty(planes.shape[1], f"u{dtype.itemsize}")
     for start in range(0, len(words), BLOCK_WORDS):
-        block = slice(start, start + BLOCK_WORDS)
-        words[block] = planes[0, block]
-        for place in range(1, dtype.itemsize):
-            shifted = part[: len(words[block])]
-            np.left_shift(planes[place, block], word(8 * place), out=shifted, dtype=word, casting="unsafe")
-            np.bitwise_or(words[block], shifted, out=words[block])
+        parts = list(planes[:, start : start + BLOCK_WORDS])
+        while len(parts) > 2:
+            parts = [_joined(low, high) for low, high in zip(parts[::2], parts[1::2], strict=True)]
+        _joined(parts[0], parts[1], words[start : start + BLOCK_WORDS])
     words.flags.writeable = False
     return words.view(dtype)
+
+
+def _joined(low: Array, high: Array, out: Array | None = None) -> Array:
+    """Words of twice the size, from their lower and upper halves."""
+    word = np.dtype(f"u{2 * low.itemsize}").type
+    words: Array = np.left_shift(high, word(8 * low.itemsize), out=out, dtype=word, casting="unsafe")
+    np.bitwise_or(words, low, out=words)
+    return words

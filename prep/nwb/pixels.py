@@ -14,6 +14,7 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
+from prep.frames import SeenFrames, seen_frames
 from prep.nwb.chunks import read_rows
 from prep.nwb.file import dataset, holding, is_dataset
 from prep.plan import PlannedStimulus, PrepError
@@ -242,6 +243,7 @@ class _Size:
     places: dict[bytes, int] = field(default_factory=dict)  # digest of a frame: its place
     source: list[int] = field(default_factory=list)
     frame: list[int] = field(default_factory=list)
+    seen: SeenFrames | None = None  # what writes them
 
 
 def store_frames(sources: Sequence[FrameSource]) -> Stored:
@@ -262,9 +264,11 @@ def _look(
     index: npt.NDArray[np.int32],
     sizes: dict[tuple[int, ...], _Size],
 ) -> None:
-    """Fill in which stimulus each frame is in, and its place there."""
+    """Fill in which stimulus each frame is in, and its place there; frames of the only size are written meanwhile."""
+    one_size = {tuple(source.shape[1:]) for source in sources}
+    seen = seen_frames(int(first[-1]), *one_size) if len(one_size) == 1 else None
     for number, source in enumerate(sources):
-        size = sizes.setdefault(tuple(source.shape[1:]), _Size())
+        size = sizes.setdefault(tuple(source.shape[1:]), _Size(seen=seen))
         screen[first[number] : first[number + 1]] = list(sizes).index(tuple(source.shape[1:]))
         for start, stop in blocks_of(source.shape):
             for frame, pixels in enumerate(source.take(np.arange(start, stop)), start):
@@ -273,6 +277,8 @@ def _look(
                     size.places[digest] = len(size.places)
                     size.source.append(number)
                     size.frame.append(frame)
+                    if size.seen is not None:
+                        size.seen.add(pixels)
                 index[first[number] + frame] = size.places[digest]
 
 
@@ -280,6 +286,8 @@ def _planned(sources: tuple[FrameSource, ...], size: tuple[int, ...], known: _Si
     """One stimulus; its digest is of its shape and of the digests of its frames."""
     shape = (len(known.places), *size)
     digest = hashlib.sha256(repr(shape).encode() + b"".join(known.places)).hexdigest()
+    if known.seen is not None:
+        known.seen.close(digest, len(known.places))
     used = sorted(set(known.source))
     reader = DistinctFrames(
         sources=tuple(sources[number] for number in used),

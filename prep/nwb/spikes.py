@@ -23,6 +23,7 @@ Seconds = npt.NDArray[np.float64]
 Index = npt.NDArray[np.int64]
 Bool = npt.NDArray[np.bool_]
 
+COUNTED_BYTES = 64 * 2**20  # of counts that are held at once
 BLOCK_SPIKES = 2**17  # held at once: 1 MiB of times, so that a dozen temporaries stay in the cache
 
 
@@ -119,12 +120,14 @@ class SpikeReader:
 
     def read(self, start: int, stop: int) -> npt.NDArray[np.uint8]:
         """Counts of tokens [start, stop) as (stop - start, U, P)."""
-        first_token = self.first_token + start
-        tokens = CountTokens(first_token, stop - start, self.times.num_units)
+        return self._seen(self._count(start, stop), start, stop)
+
+    def _count(self, start: int, stop: int) -> CountTokens:
+        tokens = CountTokens(self.first_token + start, stop - start, self.times.num_units)
         with holding((self.times.path, self.times.dataset)), open_file(self.times.path) as file:
             for time_s, unit in self.times.blocks(file):
                 tokens.add(to_ns(time_s), unit)
-        return self._seen(tokens, first_token)
+        return tokens
 
     @property
     def is_divisible(self) -> bool:
@@ -132,10 +135,12 @@ class SpikeReader:
         return False
 
     def read_once(self, edges: Sequence[int], scratch: Path) -> Iterator[npt.NDArray[np.uint8]]:
-        """Counts of tokens [edges[i], edges[i + 1]) in turn; spikes of later pieces wait in files, 4 bytes each."""
+        """Counts of tokens [edges[i], edges[i + 1]) in turn; of many the spikes wait in files, 4 bytes each."""
         pieces = list(itertools.pairwise(edges))
-        if len(pieces) == 1:
-            yield self.read(*pieces[0])
+        if (edges[-1] - edges[0]) * BINS_PER_TOKEN * self.times.num_units <= COUNTED_BYTES:
+            tokens = self._count(edges[0], edges[-1])
+            for start, stop in pieces:
+                yield self._seen(tokens, start, stop)
             return
         scratch.mkdir(parents=True, exist_ok=True)
         with contextlib.ExitStack() as stack:
@@ -148,7 +153,7 @@ class SpikeReader:
             tokens = CountTokens(self.first_token + start, stop - start, self.times.num_units)
             tokens.add_places(np.fromfile(scratch / str(number), np.uint32))
             (scratch / str(number)).unlink()
-            yield self._seen(tokens, self.first_token + start)
+            yield self._seen(tokens, start, stop)
 
     def _spill(self, time_ns: Index, unit: Index, edges: Index, files: Sequence[BinaryIO]) -> None:
         """Append the places of spikes (n,) of units (n,) in their pieces to the files of these."""
@@ -164,8 +169,8 @@ class SpikeReader:
         for file, (first, stop) in zip(files, itertools.pairwise(bounds.tolist()), strict=True):
             file.write(ordered[first:stop].tobytes())
 
-    def _seen(self, tokens: CountTokens, first_token: int) -> npt.NDArray[np.uint8]:
-        values = tokens.values()
+    def _seen(self, tokens: CountTokens, start: int, stop: int) -> npt.NDArray[np.uint8]:
+        values = tokens.values(self.first_token + start, self.first_token + stop)
         if self.observed is not None:
-            self.observed.hide(values, first_token)
+            self.observed.hide(values, self.first_token + start)
         return values

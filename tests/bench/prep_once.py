@@ -21,10 +21,12 @@ from measure import Parts, measured  # noqa: E402
 import prep.catalog  # noqa: E402
 import prep.nwb.join  # noqa: E402  what the planner imports when it is called
 import prep.recipe  # noqa: E402
+from prep.frames import writing_what_is_seen  # noqa: E402
 from prep.plan import SessionPlan  # noqa: E402
 from prep.tasks import plan_from_nwb  # noqa: E402
 
 NUM_FUNCTIONS = 45
+RUN = "test"  # as store_builders call the run that writes
 
 
 def ingest(recordings: Sequence[Path], root: Path, parts: Parts) -> None:
@@ -36,7 +38,8 @@ def ingest(recordings: Sequence[Path], root: Path, parts: Parts) -> None:
             setattr(store_builders, name, _counted(parts, function))
     for recording in recordings:
         with parts("plan: inventory, clocks, audit"):
-            plan = plan_from_nwb([recording], recipe, "bench")
+            with writing_what_is_seen(root, RUN):
+                plan = plan_from_nwb([recording], recipe, "bench")
         with parts("digest of the recording"):
             target = store_builders.target(root, plan, recipe.digest())
         store_builders.write_plan(plan, target)
