@@ -82,6 +82,7 @@ def streams_of(raw: dict[str, Any]) -> list[Stream]:
 def test_a_hub_folder_has_all_that_a_stranger_needs(hub: Path, trained: Trained) -> None:
     assert {path.name for path in hub.iterdir()} == {
         "README.md",
+        "attention_brainloom.py",
         "config.json",
         "configuration_brainloom.py",
         "likelihoods_brainloom.py",
@@ -101,7 +102,7 @@ def test_a_hub_folder_has_all_that_a_stranger_needs(hub: Path, trained: Trained)
     assert config["model_type"] == "brainloom" and config["context_s"] == 1.0
     preprocessor = json.loads((hub / "preprocessor_config.json").read_text())
     assert preprocessor["auto_map"] == {"AutoFeatureExtractor": "processing_brainloom.BrainloomProcessor"}
-    for name in ("configuration", "likelihoods", "modeling", "processing"):
+    for name in ("attention", "configuration", "likelihoods", "modeling", "processing"):
         ours = ROOT / "train" / "model" / f"{name}_brainloom.py"
         assert (hub / ours.name).read_bytes() == ours.read_bytes()
 

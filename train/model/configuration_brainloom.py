@@ -28,9 +28,12 @@ class BrainloomConfig(PretrainedConfig):
         samples_per_token: the most samples P that one token holds.
         image_size: (height, width) to which stimulus frames are resampled.
         patch_size: side of a square image patch in pixels.
-        context_s: length of a window in seconds.
+        context_s: length of a window in seconds, unless a call says otherwise.
         latent_hz: steps of the latent grid per second.
         latents_per_step: latents at each step.
+        local_window_s: latents of a local layer of the trunk see those at most this far away; None: all layers are
+            global.
+        global_every: every how many layers one is global all the same; the last one of each group.
         readout_hz: times per second at which the latents are read out; between them predictions are interpolated.
         rope_min_period_s, rope_max_period_s: range of the rotary periods in seconds.
         likelihoods: family of each modality's values, of those in LIKELIHOODS; what is not named is the default.
@@ -55,6 +58,8 @@ class BrainloomConfig(PretrainedConfig):
         context_s: float = 2.0,
         latent_hz: float = 10.0,
         latents_per_step: int = 4,
+        local_window_s: float | None = None,
+        global_every: int = 4,
         readout_hz: float = 50.0,
         rope_min_period_s: float = 0.1,
         rope_max_period_s: float = 60.0,
@@ -72,6 +77,11 @@ class BrainloomConfig(PretrainedConfig):
             )
         if any(side % patch_size for side in image_size):
             raise ValueError(f"image_size {tuple(image_size)} must be a multiple of patch_size {patch_size}.")
+        if global_every < 1 or (local_window_s is not None and local_window_s <= 0):
+            raise ValueError(
+                f"local_window_s {local_window_s} must be more than 0 (None: every layer is global), "
+                f"global_every {global_every} at least 1."
+            )
         chosen = {name: known[0] for name, known in LIKELIHOODS.items()} | (likelihoods or {})
         for name, family in chosen.items():
             if family not in LIKELIHOODS.get(name, ()):
@@ -89,6 +99,8 @@ class BrainloomConfig(PretrainedConfig):
         self.context_s = context_s
         self.latent_hz = latent_hz
         self.latents_per_step = latents_per_step
+        self.local_window_s = local_window_s
+        self.global_every = global_every
         self.readout_hz = readout_hz
         self.rope_min_period_s = rope_min_period_s
         self.rope_max_period_s = rope_max_period_s
@@ -98,6 +110,12 @@ class BrainloomConfig(PretrainedConfig):
         self.rms_norm_eps = rms_norm_eps
         self.initializer_range = initializer_range
         super().__init__(**kwargs)
+
+    @property
+    def num_patches(self) -> int:
+        """Patches M of a frame."""
+        height, width = self.image_size
+        return (height // self.patch_size) * (width // self.patch_size)
 
 
 BrainloomConfig.register_for_auto_class()

@@ -20,13 +20,24 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils.generic import ModelOutput
 
+from .attention_brainloom import (
+    Angles,
+    AttentionMask,
+    BrainloomAttention,
+    BrainloomRMSNorm,
+    attend,
+    key_mask,
+    local_mask,
+    rotary_angles,
+    rotate,
+)
 from .configuration_brainloom import MODALITIES, BrainloomConfig
 from .likelihoods_brainloom import NUM_READOUTS, Likelihoods, Readout, sum_by_modality
 
 SPIKES, TRACES, BEHAVIOR, STIMULUS = range(len(MODALITIES))
-Angles = tuple[Tensor, Tensor]  # cos and sin of rotary phases
 TIME_BIAS = 1.2  # of queries and keys at the start: the larger, the nearer they look
 
 
@@ -66,19 +77,6 @@ class BrainloomPreTrainingOutput(ModelOutput):
     last_hidden_state: Tensor | None = None
 
 
-class BrainloomRMSNorm(nn.Module):
-    """Root mean square norm (Zhang & Sennrich 2019)."""
-
-    def __init__(self, size: int, eps: float) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(size))
-        self.eps = eps
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Normalise the last axis."""
-        return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
-
-
 class BrainloomZeroLinear(nn.Linear):
     """A linear map that starts at zero: a residual branch that is silent, a head whose prediction is its null."""
 
@@ -98,75 +96,21 @@ class BrainloomMLP(nn.Module):
         return down
 
 
-def rotary_angles(time_s: Tensor, config: BrainloomConfig) -> Angles:
-    """Cos and sin of the rotary phase (…, C/2) of times in seconds: RoPE (Su 2021) on real time, not on an index."""
-    num_pairs = config.hidden_size // config.num_attention_heads // 2
-    steps = torch.arange(num_pairs, device=time_s.device, dtype=torch.float32) / max(1, num_pairs - 1)
-    period_s = config.rope_min_period_s * (config.rope_max_period_s / config.rope_min_period_s) ** steps
-    phase = 2 * math.pi * time_s.float()[..., None] / period_s
-    return phase.cos(), phase.sin()
+class BrainloomLayer(GradientCheckpointingLayer):
+    """One pre-norm layer of the trunk; a local one sees what is near in time."""
 
-
-def rotate(x_BTHC: Tensor, angles: Angles) -> Tensor:
-    """Turn channel pairs by the token's phase; angles are (B or 1, T, C/2)."""
-    cos, sin = (angle[:, :, None].to(x_BTHC.dtype) for angle in angles)
-    first, second = x_BTHC.chunk(2, dim=-1)
-    return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
-
-
-class BrainloomAttention(nn.Module):
-    """Attention with QK-norm (Henry 2020) and rotary time.
-
-    The learned `time_bias` is added to queries and keys before they are turned. It starts positive, so that attention
-    prefers what is near in time before anything is learned, and can be unlearned.
-    """
-
-    def __init__(self, config: BrainloomConfig, output: type[nn.Linear] = nn.Linear) -> None:
+    def __init__(self, config: BrainloomConfig, index: int) -> None:
         super().__init__()
-        size, self.num_heads = config.hidden_size, config.num_attention_heads
-        self.head_size = size // self.num_heads
-        self.q_proj = nn.Linear(size, size, bias=False)
-        self.k_proj = nn.Linear(size, size, bias=False)
-        self.v_proj = nn.Linear(size, size, bias=False)
-        self.o_proj = output(size, size, bias=False)
-        self.q_norm = BrainloomRMSNorm(self.head_size, config.rms_norm_eps)
-        self.k_norm = BrainloomRMSNorm(self.head_size, config.rms_norm_eps)
-        self.time_bias = nn.Parameter(torch.ones(self.head_size))
-
-    def forward(self, x_BQD: Tensor, context_BTD: Tensor, q_angles: Angles, k_angles: Angles) -> Tensor:
-        """Queries (B, Q, D) read a context (B, T, D)."""
-        split = (self.num_heads, self.head_size)
-        q, k, v = (
-            projection(source).unflatten(-1, split)
-            for projection, source in ((self.q_proj, x_BQD), (self.k_proj, context_BTD), (self.v_proj, context_BTD))
-        )
-        q = rotate(self.q_norm(q) + self.time_bias, q_angles)
-        k = rotate(self.k_norm(k) + self.time_bias, k_angles)
-        out: Tensor = self.o_proj(attend(q, k, v))
-        return out
-
-
-def attend(q_BQHC: Tensor, k_BTHC: Tensor, v_BTHC: Tensor, key_mask_BT: Tensor | None = None) -> Tensor:
-    """Softmax attention (B, Q, H * C); keys where the mask is false are not seen."""
-    mask = None if key_mask_BT is None else key_mask_BT[:, None, None, :]
-    q, k, v = (x.transpose(1, 2) for x in (q_BQHC, k_BTHC, v_BTHC))
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2).flatten(2)
-
-
-class BrainloomLayer(nn.Module):
-    """One pre-norm layer of the trunk."""
-
-    def __init__(self, config: BrainloomConfig) -> None:
-        super().__init__()
+        self.is_local = config.local_window_s is not None and (index + 1) % config.global_every != 0
         self.input_layernorm = BrainloomRMSNorm(config.hidden_size, config.rms_norm_eps)
         self.self_attn = BrainloomAttention(config, BrainloomZeroLinear)
         self.post_attention_layernorm = BrainloomRMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = BrainloomMLP(config, BrainloomZeroLinear)
 
-    def forward(self, x_BLD: Tensor, angles: Angles) -> Tensor:
-        """(B, L, D) to (B, L, D)."""
+    def forward(self, x_BLD: Tensor, angles: Angles, near: AttentionMask | None) -> Tensor:
+        """(B, L, D) to (B, L, D); `near` is what a local layer may see."""
         normed = self.input_layernorm(x_BLD)
-        x_BLD = x_BLD + self.self_attn(normed, normed, angles, angles)
+        x_BLD = x_BLD + self.self_attn(normed, normed, angles, angles, near if self.is_local else None)
         out: Tensor = x_BLD + self.mlp(self.post_attention_layernorm(x_BLD))
         return out
 
@@ -195,10 +139,9 @@ class BrainloomPatches(nn.Module):
     def __init__(self, config: BrainloomConfig) -> None:
         super().__init__()
         self.patch_size = config.patch_size
-        num_patches = math.prod(side // config.patch_size for side in config.image_size)
         self.pixel_proj = nn.Linear(config.patch_size**2, config.hidden_size)
         self.out_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
-        self.position_embed = nn.Parameter(torch.zeros(num_patches, config.hidden_size))
+        self.position_embed = nn.Parameter(torch.zeros(config.num_patches, config.hidden_size))
 
     def forward(self, pixels_BFHW: Tensor, frame_mask_BF: Tensor) -> tuple[Tensor, Tensor]:
         """Contents and places, both (B, F * M, D); masked frames are zeroed first."""
@@ -209,7 +152,7 @@ class BrainloomPatches(nn.Module):
         return content.flatten(1, 2), self.position_embed.expand_as(content).flatten(1, 2)
 
 
-class BrainloomEncoder(nn.Module):
+class BrainloomEncoder(GradientCheckpointingLayer):
     """Latents read the visible tokens: found by who and when, read for what.
 
     Keys are made of identity and time, values of the samples alone, gated by identity; so both are made once per
@@ -220,6 +163,7 @@ class BrainloomEncoder(nn.Module):
     def __init__(self, config: BrainloomConfig) -> None:
         super().__init__()
         size, eps = config.hidden_size, config.rms_norm_eps
+        self.config = config
         self.heads = (config.num_attention_heads, size // config.num_attention_heads)
         self.source_layernorm = BrainloomRMSNorm(size, eps)
         self.q_proj = nn.Linear(size, size, bias=False)
@@ -261,11 +205,13 @@ class BrainloomEncoder(nn.Module):
         key = torch.cat([key_null, take_sources(key_BSD, source_BN), key_place], dim=1)
         value = torch.cat([torch.zeros_like(null), content_BND, patch_content], dim=1)
         query = self.q_norm(self.q_proj(latents_BLD).unflatten(-1, self.heads)) + self.time_bias
+        visible = key_mask(key_mask_BT, self.config, query.shape[1])
         read = attend(
+            self,
             rotate(query, q_angles),
             rotate(key.unflatten(-1, self.heads), k_angles),
             value.unflatten(-1, self.heads),
-            key_mask_BT,
+            visible,
         )
         x_BLD = latents_BLD + self.read_layernorm(self.o_proj(read))
         out: Tensor = x_BLD + self.mlp(self.post_attention_layernorm(x_BLD))
@@ -276,7 +222,7 @@ class BrainloomEncoder(nn.Module):
         return key.flatten(2)
 
 
-class BrainloomDecoder(nn.Module):
+class BrainloomDecoder(GradientCheckpointingLayer):
     """What the latents say at each time of a regular grid, as features that every source reads in its own way."""
 
     def __init__(self, config: BrainloomConfig) -> None:
@@ -293,14 +239,11 @@ class BrainloomDecoder(nn.Module):
         self.readout_proj = BrainloomZeroLinear(size, NUM_READOUTS * size, bias=False)
         self.bias_proj = BrainloomZeroLinear(size, NUM_READOUTS)
 
-    def forward(self, latents_BLD: Tensor, latent_time_s: Tensor, identity_BSD: Tensor) -> Tensor:
+    def forward(self, latents_BLD: Tensor, latent_time_s: Tensor, identity_BSD: Tensor, context_s: float) -> Tensor:
         """Readouts (B, S, G, R): of each source at each time of the grid, R numbers for its likelihood."""
-        num_times = round(self.config.context_s * self.config.readout_hz)
-        grid_s = (
-            torch.arange(num_times, device=latents_BLD.device, dtype=torch.float32) + 0.5
-        ) / self.config.readout_hz
+        grid_s = time_grid(context_s, self.config.readout_hz, latents_BLD.device)
         angles = rotary_angles(grid_s[None], self.config), rotary_angles(latent_time_s[None], self.config)
-        x_BGD = self.time_embed.expand(latents_BLD.shape[0], num_times, -1)
+        x_BGD = self.time_embed.expand(latents_BLD.shape[0], len(grid_s), -1)
         x_BGD = x_BGD + self.cross_attn(self.layernorm(x_BGD), latents_BLD, *angles)
         x_BGD = self.norm(x_BGD + self.mlp(self.post_attention_layernorm(x_BGD)))
         source_BSD = self.source_layernorm(identity_BSD)
@@ -308,6 +251,14 @@ class BrainloomDecoder(nn.Module):
         readout = torch.einsum("bsrd,bgd->bsgr", weight, x_BGD)
         out: Tensor = readout + self.bias_proj(source_BSD)[:, :, None]
         return out
+
+
+def time_grid(context_s: float, rate_hz: float, device: torch.device) -> Tensor:
+    """Middles of the steps of a regular grid over a window, seconds from its start."""
+    num_steps = round(context_s * rate_hz)
+    if num_steps < 1:
+        raise ValueError(f"context_s = {context_s} holds no step of {rate_hz} Hz. Give at least {1 / rate_hz} s.")
+    return (torch.arange(num_steps, device=device, dtype=torch.float32) + 0.5) / rate_hz
 
 
 def interpolate(readout_BSGR: Tensor, source_BQ: Tensor, time_BQP: Tensor, readout_hz: float) -> Tensor:
@@ -332,7 +283,11 @@ class BrainloomPreTrainedModel(PreTrainedModel):
     config: BrainloomConfig
     base_model_prefix = "model"
     main_input_name = "input_values"
+    supports_gradient_checkpointing = True
     _supports_sdpa = True
+    _supports_flex_attn = True
+    _supports_flash_attn = True
+    _supports_attention_backend = True
     _no_split_modules = ["BrainloomLayer", "BrainloomEncoder", "BrainloomDecoder"]  # noqa: RUF012  the library's own attribute
 
     def _init_weights(self, module: nn.Module) -> None:
@@ -361,15 +316,9 @@ class BrainloomModel(BrainloomPreTrainedModel):
         self.identity = BrainloomIdentity(config)
         self.latent_embed = nn.Parameter(torch.zeros(config.latents_per_step, config.hidden_size))
         self.encoder = BrainloomEncoder(config)
-        self.layers = nn.ModuleList(BrainloomLayer(config) for _ in range(config.num_hidden_layers))
+        self.layers = nn.ModuleList(BrainloomLayer(config, index) for index in range(config.num_hidden_layers))
         self.norm = BrainloomRMSNorm(config.hidden_size, config.rms_norm_eps)
         self.post_init()
-
-    def latent_times(self, device: torch.device) -> Tensor:
-        """Time of each latent (L,), seconds from the window's start: the middle of its step."""
-        num_steps = round(self.config.context_s * self.config.latent_hz)
-        step = torch.arange(num_steps, device=device, dtype=torch.float32)
-        return ((step + 0.5) / self.config.latent_hz).repeat_interleave(self.config.latents_per_step)
 
     def forward(
         self,
@@ -384,6 +333,7 @@ class BrainloomModel(BrainloomPreTrainedModel):
         pixels: Tensor,
         frame_time_s: Tensor,
         frame_mask: Tensor,
+        context_s: float | None = None,
     ) -> BrainloomModelOutput:
         """Read a window.
 
@@ -399,19 +349,22 @@ class BrainloomModel(BrainloomPreTrainedModel):
             pixels: stimulus frames (B, F, H, W), standardised.
             frame_time_s: when each frame came on (B, F).
             frame_mask: which frames are visible (B, F), bool.
+            context_s: length of the window in seconds; the configuration's if not given.
         """
         identity_BSD = self.identity(unit_embeds, unit_features, source_modality)
         observed_BNP = input_observed & input_mask[..., None]
         values_BNP = torch.where(observed_BNP, input_values.to(identity_BSD.dtype), 0.0)
-        batch, num_patches = len(pixels), math.prod(side // self.config.patch_size for side in self.config.image_size)
+        batch, num_patches = len(pixels), self.config.num_patches
         null = input_mask.new_ones(batch, 1)
-        key_mask = torch.cat([null, input_mask, frame_mask.repeat_interleave(num_patches, dim=1)], dim=1)
+        visible = torch.cat([null, input_mask, frame_mask.repeat_interleave(num_patches, dim=1)], dim=1)
         token_time = torch.where(input_mask, input_time_s, 0.0)
         frame_time = torch.where(frame_mask, frame_time_s, 0.0).repeat_interleave(num_patches, dim=1)
         key_time = torch.cat([token_time.new_zeros(batch, 1), token_time, frame_time], dim=1)
-        latent_time_s = self.latent_times(input_mask.device)
+        length_s = self.config.context_s if context_s is None else context_s
+        grid_s = time_grid(length_s, self.config.latent_hz, input_mask.device)
+        latents = self.latent_embed.repeat(len(grid_s), 1)
+        latent_time_s = grid_s.repeat_interleave(self.config.latents_per_step)
         angles = rotary_angles(latent_time_s[None], self.config)
-        latents = self.latent_embed.repeat(len(latent_time_s) // self.config.latents_per_step, 1)
         x_BLD = self.encoder(
             latents.expand(batch, -1, -1),
             identity_BSD,
@@ -419,12 +372,13 @@ class BrainloomModel(BrainloomPreTrainedModel):
             input_source,
             pixels,
             frame_mask,
-            key_mask,
+            visible,
             angles,
             rotary_angles(key_time, self.config),
         )
+        near = local_mask(latent_time_s, self.config)
         for layer in self.layers:
-            x_BLD = layer(x_BLD, angles)
+            x_BLD = layer(x_BLD, angles, near)
         return BrainloomModelOutput(last_hidden_state=self.norm(x_BLD), latent_time_s=latent_time_s)
 
 
@@ -457,6 +411,7 @@ class BrainloomForPreTraining(BrainloomPreTrainedModel):
         query_sample_s: Tensor,
         labels: Tensor | None = None,
         label_mask: Tensor | None = None,
+        context_s: float | None = None,
         coverage: float | None = None,
     ) -> BrainloomPreTrainingOutput:
         """Predict the queries; the arguments up to `frame_mask` are BrainloomModel's.
@@ -469,6 +424,7 @@ class BrainloomForPreTraining(BrainloomPreTrainedModel):
             query_sample_s: seconds between its samples (B, Q).
             labels: the hidden samples (B, Q, P): counts for spikes, standardised values otherwise.
             label_mask: which labels were observed (B, Q, P), bool; the others may hold anything, NaN too.
+            context_s: length of the window in seconds; the configuration's if not given.
             coverage: probability with which the predictive interval shall hold a sample, for instance 0.9.
         """
         outputs = self.model(
@@ -483,10 +439,12 @@ class BrainloomForPreTraining(BrainloomPreTrainedModel):
             pixels=pixels,
             frame_time_s=frame_time_s,
             frame_mask=frame_mask,
+            context_s=context_s,
         )
         latents_BLD = outputs.last_hidden_state
         identity_BSD = self.model.identity(unit_embeds, unit_features, source_modality)
-        readout_BSGR = self.decoder(latents_BLD, outputs.latent_time_s, identity_BSD).float()
+        length_s = self.config.context_s if context_s is None else context_s
+        readout_BSGR = self.decoder(latents_BLD, outputs.latent_time_s, identity_BSD, length_s).float()
         modality_BQ = source_modality.gather(1, query_source)
         sample = torch.arange(self.config.samples_per_token, device=query_time_s.device)
         half_bin_BQ1 = 0.5 * (modality_BQ == SPIKES)[..., None]  # a count is of its bin, a trace of its instant
