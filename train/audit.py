@@ -46,7 +46,10 @@ CHECKS = {  # check: (what is wrong where it fails, what to look at)
     "NaN": ("predictions follow hidden values", "make_sample in train/dataset.py, then input_mask in the model"),
     "other": ("predictions follow hidden values", "make_sample in train/dataset.py, then input_mask in the model"),
     "future": ("predictions follow the future", "make_sample in train/dataset.py, then input_mask in the model"),
-    "batch": ("predictions follow a window's place in its batch", "what mixes the batch axis in the model"),
+    "batch": (
+        "predictions follow a window's company or its place in the batch",
+        "what mixes the batch axis in the model",
+    ),
     "order": ("predictions follow the order of sources, tokens or frames", "what counts positions in the model"),
     "padding": ("predictions follow the padding", "input_mask and frame_mask in the model, pad in train/dataset.py"),
     "clock": ("predictions follow absolute time", "WindowReader in train/dataset.py: int64 until the start is gone"),
@@ -189,10 +192,12 @@ def value_checks(store: Store, case: Case) -> Iterator[Row]:
 
 
 def order_checks(trained: Trained, case: Case) -> Iterator[Row]:
-    """The batch reversed, sources and tokens in another order, more padding: the same predictions within TOLERANCE."""
+    """Other company, sources and tokens in another order, more padding: the same predictions within TOLERANCE."""
     chance = np.random.default_rng(1)
     before = trained.predict(case.windows, case.masks)
-    after = {"batch": trained.predict(case.windows[::-1], case.masks[::-1])[::-1]}
+    alone = [trained.predict([window], [mask])[0] for window, mask in zip(case.windows, case.masks, strict=True)]
+    yield _within(case.name, "batch", before * 2, alone + trained.predict(case.windows[::-1], case.masks[::-1])[::-1])
+    after = {}
     windows, masks, orders = zip(
         *(shuffle(window, mask, chance) for window, mask in zip(case.windows, case.masks, strict=True)), strict=True
     )

@@ -70,12 +70,17 @@ class TrainingBatches:
         return windows, [mask for mask, _ in found], sum(num_strange for _, num_strange in found)
 
     def predict(self, windows: list[Window]) -> Predictions:
-        """Predictions for the first batch, made of these windows; labels are given, as in training."""
+        """What comes of the first batch when it is made of these windows, labels given as in training.
+
+        One flat array a sample: predictions, scales, and the latents on which everything else rests.
+        """
         batch, _ = self.batch(range(NUM_SAMPLES), windows.__getitem__)
         embeds = self.trained.table.lookup(batch.pop("unit_rows")).detach()
         self.trained.table.discard()
         with torch.inference_mode():
-            return list(self.trained.model(unit_embeds=embeds, **batch).predictions.numpy())
+            output = self.trained.model(unit_embeds=embeds, **batch)
+        parts = [output.predictions, output.log_scale, output.last_hidden_state]
+        return list(torch.cat([part.float().flatten(1) for part in parts], dim=1).numpy())
 
 
 def mask_of(batch: dict[str, Tensor], number: int, window: Window) -> tuple[Mask, int]:
