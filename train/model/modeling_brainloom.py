@@ -6,7 +6,7 @@ Out: for each query the expected value of its P samples, and the likelihood loss
 Perceiver-style (Jaegle 2021; for spikes POYO, Azabou 2023): visible tokens are read into latents on a regular time
 grid, a trunk works on the latents alone. What comes out is read once per time, into features that all sources share;
 a source's own readout, made from its identity, turns them into its prediction (a core and its readouts, as in
-Sinz 2018), so that asking for every unit at every time costs next to nothing.
+Sinz 2018), so that asking for every unit at every time costs next to nothing. Runs under transformers 4.57 and 5.
 
 Shape suffixes: B batch, N visible tokens, Q queries, S sources, F frames, M patches of a frame, P samples per token,
 L latents, G times of the readout grid, R numbers of a readout, D hidden_size, E unit_embed_size, H heads,
@@ -15,6 +15,7 @@ C channels of a head, T keys.
 
 import math
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -290,6 +291,23 @@ class BrainloomPreTrainedModel(PreTrainedModel):
     _supports_attention_backend = True
     _no_split_modules = ["BrainloomLayer", "BrainloomEncoder", "BrainloomDecoder"]  # noqa: RUF012  the library's own attribute
 
+    def get_input_embeddings(self) -> nn.Module:
+        """By what samples come in: their projection to the model's width. Identities come as `unit_embeds`."""
+        return cast(BrainloomModel, self.base_model).encoder.value_proj
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        """Replace the projection of samples."""
+        cast(BrainloomModel, self.base_model).encoder.value_proj = cast(nn.Linear, value)
+
+    def core_parameters(self) -> dict[str, int]:
+        """P_core by part; their sum is `num_parameters()`. P_unit, rows x unit_embed_size, lies outside the model."""
+        parts = dict.fromkeys(("identity", "encoder", "trunk", "decoder"), 0)
+        for name, parameter in self.named_parameters():
+            first = name.removeprefix("model.").split(".")[0]
+            part = {"latent_embed": "encoder", "layers": "trunk", "norm": "trunk"}.get(first, first)
+            parts[part] += getattr(parameter, "ds_numel", parameter.numel())  # under ZeRO-3 a rank holds a piece
+        return parts
+
     def _init_weights(self, module: nn.Module) -> None:
         if isinstance(module, BrainloomZeroLinear):
             nn.init.zeros_(module.weight)
@@ -454,19 +472,22 @@ class BrainloomForPreTraining(BrainloomPreTrainedModel):
         location, log_scale, shape, zero_logit = readouts.unbind(-1)
         readout = Readout(location, log_scale, shape, zero_logit, null_BQ1, self.config.log_rate_limit)
         modality_BQ1 = modality_BQ[..., None]
-        result = BrainloomPreTrainingOutput(
-            predictions=self.likelihoods.expected(readout, modality_BQ1),
-            log_scale=readout.log_std,
-            interval=None if coverage is None else self.likelihoods.interval(coverage, readout, modality_BQ1),
-            last_hidden_state=latents_BLD,
-        )
+        loss = nats = num_values = None
         if labels is not None and label_mask is not None:
             values = torch.where(label_mask, labels.float(), 0.0)
             excess = self.likelihoods.excess_nats(values, readout, modality_BQ1)
-            result.nats, result.num_values = sum_by_modality(excess, label_mask, modality_BQ)
-            weight = result.nats.new_tensor([self.config.modality_weights[name] for name in MODALITIES[:3]])
-            result.loss = (weight * result.nats / result.num_values.clamp(min=1)).sum(1).mean()
-        return result
+            nats, num_values = sum_by_modality(excess, label_mask, modality_BQ)
+            weight = nats.new_tensor([self.config.modality_weights[name] for name in MODALITIES[:3]])
+            loss = (weight * nats / num_values.clamp(min=1)).sum(1).mean()
+        return BrainloomPreTrainingOutput(
+            loss=loss,
+            predictions=self.likelihoods.expected(readout, modality_BQ1),
+            log_scale=readout.log_std,
+            interval=None if coverage is None else self.likelihoods.interval(coverage, readout, modality_BQ1),
+            nats=nats,
+            num_values=num_values,
+            last_hidden_state=latents_BLD,
+        )
 
 
 def take_sources(identity_BSD: Tensor, source_BN: Tensor) -> Tensor:
