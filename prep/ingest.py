@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from dask.system import CPU_COUNT
 from distributed import Client
@@ -25,7 +25,8 @@ from prep.files import STAGE, InputFile, Staging, find_files
 from prep.flow import Flow, Task
 from prep.frames import num_stimulus_shards, stimulus_folder
 from prep.ingest_report import Outcome, print_table, write_failures
-from prep.jobs import Job, Look, StimulusJob, batched, is_small, named, shard_runs
+from prep.jobs import Job, Look, StimulusJob, batched, is_large, is_small, joined, named, shard_runs
+from prep.looks import KINDS, Looks
 from prep.mirror import Mirror, destination
 from prep.patience import PATIENCE_S
 from prep.plan import PlannedStimulus, SessionPlan
@@ -38,10 +39,13 @@ from prep.tasks import (
     Planner,
     alike,
     finish_task,
+    look_ahead_task,
     look_task,
+    plan_by_looks_task,
     plan_from_nwb,
     plan_task,
     shard_task,
+    source_task,
     stimulus_task,
 )
 from prep.write_session import (
@@ -67,9 +71,11 @@ class Run:
         recipe_digest: str,
         is_dry: bool,
         far: Mirror | None = None,
+        is_shared: bool = False,
     ) -> None:
+        """`is_shared`: there are more workers than files, so that several may work at the plan of one."""
         self.root, self.run, self.recipe_digest, self.is_dry, self.far = root, run, recipe_digest, is_dry, far
-        self.flow = flow
+        self.flow, self.is_shared = flow, is_shared
         self.jobs: list[Job] = []
         self.next_to_name = 0
         self.claimed: set[str] = set()  # folders
@@ -81,7 +87,7 @@ class Run:
     def submit(self, on_done: Callable[[Any], None], where: str, function: Callable[..., Any], *args: Any) -> Task:
         """Queue a task; `on_done` gets its result, or a Failed."""
         task = Task(where, on_done, function, args)
-        if function in (plan_task, look_task):
+        if function in (plan_task, look_task, look_ahead_task, source_task):
             self.flow.later.append(task)
         elif function in (finish_task, stimulus_task):  # what is whole is sealed before anything new is begun
             self.flow.urgent.appendleft(task)
@@ -106,8 +112,38 @@ class Run:
         self._look(looks)
 
     def _plan(self, job: Job, planner: Planner, recipe: Any, mine: Sequence[Sealed]) -> None:
-        args = (planner, job.file, recipe, mine, self.root, "" if self.is_dry else self.run)
-        job.planning = self.submit(partial(self._planned, job), "", plan_task, *args)
+        run = "" if self.is_dry else self.run
+        if self.is_shared and not mine and is_large(job.file):
+            self._share_plan(job, planner, recipe, run)
+        else:
+            args = (planner, job.file, recipe, mine, self.root, run)
+            job.planning = self.submit(partial(self._planned, job), "", plan_task, *args)
+
+    def _share_plan(self, job: Job, planner: Planner, recipe: Any, run: str) -> None:
+        """Have several tasks work at a plan: one for each kind of long look, one for the sources, one for the rest."""
+        looks: dict[str, Task] = {}
+        waiting = set(KINDS)
+
+        def looked(kind: str, result: Looks | Failed) -> None:
+            waiting.discard(kind)
+            if isinstance(result, Failed):
+                self._planned(job, result)
+            elif not waiting and not job.is_over:
+                args = (plan_by_looks_task, planner, job.file, recipe, *looks.values())
+                job.planning = self.submit(partial(self._join, job, "unsourced"), "", *args)
+
+        for kind in KINDS:
+            args = (look_ahead_task, planner, job.file, recipe, self.root, run, kind)
+            looks[kind] = self.submit(partial(looked, kind), "", *args)
+        self.submit(partial(self._join, job, "told"), "", source_task, job.file)
+
+    def _join(self, job: Job, name: Literal["unsourced", "told"], result: Any) -> None:
+        """Keep a plan or its sources until both are there."""
+        setattr(job, name, result)
+        if isinstance(result, Failed):
+            self._planned(job, result)
+        elif isinstance(job.unsourced, Planned) and isinstance(job.told, tuple):
+            self._planned(job, joined(job.unsourced, job.told))
 
     def _look(self, looks: Sequence[Look]) -> None:
         """Find out what is there already: here where that takes about a second, else the workers do it."""
@@ -169,7 +205,7 @@ class Run:
 
     def _write(self, job: Job, plan: SessionPlan, sources: Sequence[Source]) -> None:
         job.outcome.count([{"num_tokens": stream.spec.num_tokens} for stream in plan.streams])
-        job.header = None  # the client keeps no clocks: the plan stays with the workers
+        job.header = job.unsourced = None  # the client keeps no clocks: the plan stays with the workers
         if self.is_dry:
             shards = sum(stream.spec.num_shards for stream in plan.streams)
             self._end(
@@ -260,7 +296,7 @@ class Run:
     def _end(self, job: Job, state: str, reason: str) -> None:
         job.outcome.state, job.outcome.reason = state, reason
         job.outcome.seconds = time.monotonic() - job.started if job.started else 0.0
-        job.planning = job.header = None  # lets the workers forget the plan
+        job.planning = job.header = job.unsourced = None  # lets the workers forget the plan
 
 
 # ---------------------------------------------------------------- the command
@@ -276,23 +312,25 @@ def run_ingest(
     is_dry: bool = False,
     far: Mirror | None = None,
     patience_s: float = PATIENCE_S,
+    num_workers: int = 1,
 ) -> list[Outcome]:
     """Ingest `files` into the store at `root` with `workers`; one outcome per session, in order.
 
     `workers` gives their client; it is not asked where there is nothing for them to do.
-    `far`: the bucket to which the store goes; `root` is then where it is built.
+    `far`: the bucket to which the store goes; `root` is then where it is built. `num_workers`: as far as is known; it
+    changes who does what, and no byte of the store.
     """
     root = root.resolve()
-    flow = Flow(workers, patience_s)
+    flow, is_shared = Flow(workers, patience_s), len(files) < num_workers
     if far is not None:
         far.gather(is_dry=is_dry)
     check_is_store(root)
     if is_dry:
-        return _drive(Run(flow, root, "dry", recipe.digest(), True), files, planner, recipe)
+        return _drive(Run(flow, root, "dry", recipe.digest(), True, None, is_shared), files, planner, recipe)
     root.mkdir(parents=True, exist_ok=True)
     (root / "failed.jsonl").unlink(missing_ok=True)
     with run_of_its_own(root) as name:
-        outcomes = _drive(Run(flow, root, name, recipe.digest(), False, far), files, planner, recipe)
+        outcomes = _drive(Run(flow, root, name, recipe.digest(), False, far, is_shared), files, planner, recipe)
         with locked(root):
             write_failures(root, outcomes)
         if far is None:
@@ -355,6 +393,7 @@ def main(args: argparse.Namespace) -> int:
         with contextlib.ExitStack() as stack:
             num_workers = min(args.workers, MAX_WORKERS * len(files))
             how = {"is_dry": args.dry_run, "far": far, "patience_s": 60 * args.patience}
+            how["num_workers"] = args.workers if cluster is None else cluster.bounds[1]
 
             def workers() -> Client:
                 return stack.enter_context(connect(args.scheduler, num_workers, cluster))

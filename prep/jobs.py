@@ -5,17 +5,18 @@ In: a plan, files that may be in the store. Out: Job, StimulusJob; runs of shard
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from prep.catalog import Sealed, Source
 from prep.files import InputFile
 from prep.flow import Task
 from prep.ingest_report import Outcome
 from prep.plan import PlannedStimulus, SessionPlan
-from prep.tasks import Failed, Planned, ShardRun
+from prep.tasks import CHANGED, Failed, Planned, ShardRun, Sources
 from prep.write_session import Target, runs_of_shards
 
 SMALL_BYTES = 32 * 2**20  # of a recording that one task makes into a session
+LARGE_BYTES = 128 * 2**20  # of a recording whose plan takes seconds
 LOOK_BYTES, LOOK_FILES = 2**30, 1000  # that one task reads to see that they are in the store
 
 
@@ -29,6 +30,8 @@ class Job:
     started: float = 0.0
     planning: Task | None = None  # shards take its result as input, so a plan crosses the wire once
     header: Planned | None = None
+    unsourced: Planned | Failed | None = None  # a plan whose sources another task tells
+    told: Sources | Failed | None = None
     target: Target | None = None
     session_id: str = ""
     pending: set[Task] = field(default_factory=set)
@@ -81,6 +84,19 @@ def shard_runs(plan: SessionPlan) -> list[ShardRun]:
         for first, stop in runs_of_shards(stream.reader, stream.spec.num_shards):
             runs.append((f"{where}, {named(first, stop)}", number, first, stop))
     return runs
+
+
+def joined(planned: Planned, told: Sources) -> Planned | Failed:
+    """A plan and its sources, from two tasks that have read the same bytes."""
+    sources, stamps = told
+    return replace(planned, sources=sources) if stamps == planned.stamps else Failed("", CHANGED)
+
+
+def is_large(file: InputFile) -> bool:
+    """Whether several tasks may take the long looks at a file that its plan needs."""
+    if file.remotes or len(file.paths) > 1 or not file.paths[0].is_file():
+        return False
+    return file.paths[0].stat().st_size > LARGE_BYTES
 
 
 def is_small(plan: SessionPlan, sources: Sequence[Source]) -> bool:

@@ -8,7 +8,7 @@ import ctypes
 import os
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from prep.catalog import Sealed, Source, is_whole
 from prep.disk import StoreError, in_words, read_json
 from prep.files import InputFile, RemoteFile
 from prep.frames import stimulus_folder, writing_what_is_seen
+from prep.looks import KINDS, Looks, knowing
 from prep.mirror import Mirror
 from prep.plan import Found, PlannedStimulus, PrepError, SessionPlan
 from prep.staging import discard, known_source, release, stage
@@ -32,6 +33,8 @@ from prep.write_session import (
 ShardRun = tuple[str, int, int, int]  # shards of a stream that one task writes: in words, stream, first, stop
 LARGE_BYTES = 256 * 2**20  # resident
 CHANGED = "the file changed while it was being read. Run the same `make prep` again."
+Stamps = tuple[tuple[Path, int, int], ...]  # size and time of change of each local file, before it was read
+Sources = tuple[tuple[Source, ...], Stamps]
 Planner = Callable[[Sequence[Path], Any, str], SessionPlan]  # the files of one session, a recipe, a dataset_id
 
 
@@ -55,7 +58,7 @@ class Planned:
     refused: tuple[tuple[str, str], ...] = ()  # broken objects that were left out: path, message
     counts: dict[str, int] = field(default_factory=dict)  # of the files' objects: objects, used, skipped
     remotes: tuple[RemoteFile, ...] = ()  # what was staged for the plan
-    stamps: tuple[tuple[Path, int, int], ...] = ()  # size and time of change of each local file, before it was read
+    stamps: Stamps = ()
 
 
 def guarded(where: str, function: Callable[..., Any], *args: Any) -> Any:
@@ -136,21 +139,50 @@ def plan_task(
             release(file.remotes, root)
             return there
     try:
-        with writing_what_is_seen(root, run) if run else contextlib.nullcontext():
+        with _writing(root, run):
             plan = planner(file.paths, recipe, file.dataset_id)
         check(plan)
     except PrepError:
         discard(file.remotes)
         raise
-    return Planned(
-        sources,
-        remotes=file.remotes,
-        stamps=stamps,
-        plan=plan,
-        seconds=time.monotonic() - started,
-        refused=tuple((finding.path, finding.message) for finding in plan.refused),
-        counts=count_objects(plan.coverage),
-    )
+    seconds = time.monotonic() - started
+    return replace(_planned(plan), sources=sources, remotes=file.remotes, stamps=stamps, seconds=seconds)
+
+
+def _planned(plan: SessionPlan) -> Planned:
+    refused = tuple((finding.path, finding.message) for finding in plan.refused)
+    return Planned((), plan=plan, refused=refused, counts=count_objects(plan.coverage))
+
+
+def _writing(root: Path, run: str) -> contextlib.AbstractContextManager[None]:
+    return writing_what_is_seen(root, run) if run else contextlib.nullcontext()
+
+
+# ---------------------------------------------------------------- a plan that several tasks share
+
+
+def source_task(file: InputFile) -> Sources:
+    """Name and content of local files, and what they looked like before they were read."""
+    stamps = _stamps(file.paths)
+    return _sources(file, ()), stamps
+
+
+def look_ahead_task(planner: Planner, file: InputFile, recipe: Any, root: Path, run: str, kind: str) -> Looks:
+    """Take the looks of one kind that the plan of a file will need. What is wrong with the file, the plan says."""
+    looks = Looks(stamp=_stamps(file.paths), left=frozenset(KINDS) - {kind})
+    with contextlib.suppress(PrepError), knowing(looks), _writing(root, run):
+        planner(file.paths, recipe, file.dataset_id)
+    return looks
+
+
+def plan_by_looks_task(planner: Planner, file: InputFile, recipe: Any, *ahead: Looks) -> Planned:
+    """The plan of a file by what other tasks have found; its sources are for `source_task` to tell."""
+    started, stamps = time.monotonic(), _stamps(file.paths)
+    found = {key: value for looks in ahead for key, value in looks.found.items()}
+    with knowing(Looks(stamp=stamps, found=found)):
+        plan = planner(file.paths, recipe, file.dataset_id)
+    check(plan)
+    return replace(_planned(plan), stamps=stamps, seconds=time.monotonic() - started)
 
 
 def _already_there(sources: tuple[Source, ...], sealed: Sequence[Sealed], root: Path) -> Planned | None:
@@ -181,7 +213,7 @@ def _sealed_counts(root: Path, session: Sealed) -> dict[str, int]:
     return count_objects([Found(**row) for row in attributes["coverage"]])
 
 
-def _stamps(paths: Sequence[Path]) -> tuple[tuple[Path, int, int], ...]:
+def _stamps(paths: Sequence[Path]) -> Stamps:
     """Size and time of change, by which a file that somebody still writes is noticed; folders do not tell."""
     found = [(path, path.stat()) for path in paths if path.is_file()]
     return tuple((path, stat.st_size, stat.st_mtime_ns) for path, stat in found)
@@ -217,7 +249,7 @@ def finish_task(
             return failed
     if planned.stamps != _stamps([path for path, _, _ in planned.stamps]):
         raise PrepError(CHANGED)
-    finish_session(plan if session_id == plan.session_id else renamed(plan, planned.sources), target)
+    finish_session(plan if session_id == plan.session_id else renamed(plan, target.sources), target)
     if far is not None:
         far.send(target.folder)
     release(planned.remotes, target.root)

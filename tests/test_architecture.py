@@ -46,6 +46,7 @@ FLOW = [
     "shards",
     "store",
     "plan",
+    "looks",
     "parts",
     "frames",
     "asset_files",

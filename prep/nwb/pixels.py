@@ -15,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from prep.frames import SeenFrames, seen_frames
+from prep.looks import FILMS, look
 from prep.nwb.chunks import read_rows
 from prep.nwb.file import dataset, holding, is_dataset
 from prep.plan import PlannedStimulus, PrepError
@@ -248,12 +249,16 @@ class _Size:
 
 def store_frames(sources: Sequence[FrameSource]) -> Stored:
     """Read every frame once, block by block, and plan to store the distinct ones in order of first appearance."""
+    return look(FILMS, _stored, tuple(sources))
+
+
+def _stored(sources: tuple[FrameSource, ...]) -> Stored:
     first = np.cumsum([0, *(source.shape[0] for source in sources)]).astype(np.int64)
     screen, index = np.zeros(first[-1], np.int32), np.zeros(first[-1], np.int32)
     sizes: dict[tuple[int, ...], _Size] = {}
     with holding(*files_of(sources)):
         _look(sources, first, screen, index, sizes)
-    stimuli = tuple(_planned(tuple(sources), shape, size) for shape, size in sizes.items())
+    stimuli = tuple(_planned(sources, shape, size) for shape, size in sizes.items())
     return Stored(stimuli=stimuli, first=first, screen=screen, index=index)
 
 

@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from prep.nwb.file import get, is_dataset
+from prep.looks import SPIKES, look
+from prep.nwb.file import get, is_dataset, open_file
 from prep.nwb.inventory import UNREADABLE, Survey
 from prep.nwb.spikes import Bool, Index, Seconds, SpikeTimes
 from prep.plan import BrokenObject, PrepError
@@ -27,9 +28,7 @@ ENOUGH_SPIKES = 10  # of a unit, to tell whether its clock starts over
 
 def repaired(survey: Survey, times: SpikeTimes) -> SpikeTimes:
     """How the times have to be read: placeholders, milliseconds and outliers found, and recorded as findings."""
-    tally = _Tally(times.num_units)
-    for time_s, unit in times.recorded(survey.file):
-        tally.add(time_s, unit, max(1, -(-int(times.stops[-1]) // SAMPLE_SPIKES)))
+    tally = look(SPIKES, _tallied, times)
     path = times.dataset
     is_placeholder = tally.num_minus_one > 0 and tally.lowest >= 0
     num_placeholders = tally.num_minus_one if is_placeholder else 0
@@ -50,6 +49,14 @@ def repaired(survey: Survey, times: SpikeTimes) -> SpikeTimes:
         return times
     times = _in_seconds(survey, times, tally, sample)
     return _in_session(survey, times, tally, sample / times.divisor)
+
+
+def _tallied(times: SpikeTimes) -> "_Tally":
+    tally = _Tally(times.num_units)
+    with open_file(times.path) as file:
+        for time_s, unit in times.recorded(file):
+            tally.add(time_s, unit, max(1, -(-int(times.stops[-1]) // SAMPLE_SPIKES)))
+    return tally
 
 
 def _note_map(survey: Survey, times: SpikeTimes) -> None:
@@ -238,11 +245,17 @@ class Extent:
             self.resets.append(bool(far and rest[-1] > part[0]))
 
 
+def _extent(times: SpikeTimes, observed: Observed | None) -> Extent:
+    extent = Extent()
+    with open_file(times.path) as file:
+        for time_s, unit, num_old in times.blocks_in_order(file):
+            extent.add(time_s, unit, num_old, observed)
+    return extent
+
+
 def audited(survey: Survey, times: SpikeTimes, observed: Observed | None) -> Extent:
     """Extent of the spikes, with the findings of the audit. Raises PrepError and BrokenObject."""
-    extent, path = Extent(), times.dataset
-    for time_s, unit, num_old in times.blocks_in_order(survey.file):
-        extent.add(time_s, unit, num_old, observed)
+    extent, path = look(SPIKES, _extent, times, observed), times.dataset
     if extent.num_spikes == 0:
         raise PrepError("the units have no spikes")
     first_s, last_s = extent.first_s, extent.last_s

@@ -9,6 +9,7 @@ from dataclasses import replace
 import numpy as np
 import numpy.typing as npt
 
+from prep.looks import SPIKES, look
 from prep.nwb.file import holding, open_file
 from prep.nwb.invalid import ValidTokens
 from prep.nwb.spikes import SpikeReader
@@ -40,7 +41,7 @@ def with_spike_features(units: Units, streams: Sequence[PlannedStream], splits: 
             reader = reader.reader
         if isinstance(reader, SpikeReader) and stream.spec.first_unit is not None:
             rows = slice(stream.spec.first_unit, stream.spec.first_unit + stream.spec.num_sources)
-            result[rows] = interval_features(reader, pieces)
+            result[rows] = look(SPIKES, interval_features, reader, pieces)
             has_spikes = True
     return replace(units, spike_features=result) if has_spikes else units
 
