@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 import prep.nwb.chunks
-from prep.nwb.chunks import keeping_chunks, read_rows
+from prep.nwb.chunks import keeping_chunks, read_place, read_rows
 from prep.nwb.file import holding, open_file
 
 SHAPES = [
@@ -86,6 +86,19 @@ def test_numbers_of_another_kind_are_left_to_hdf5(tmp_path: Path, monkeypatch: p
         data = file.create_dataset("x", data=values, chunks=(70_000,), compression="gzip")
         assert np.array_equal(read_rows(data, 1, 5), values[1:5])
     assert corners == []
+
+
+def test_a_place_is_what_slicing_gives_of_it_in_one_chunk_or_in_several(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    corners, values = decoded(monkeypatch), numbers((900, 70), "<f4")
+    with h5py.File(tmp_path / "x.h5", "w") as file:
+        data = file.create_dataset("x", data=values, chunks=(400, 50), compression="gzip", shuffle=True)
+        for place in ((0, 0), (899, 69), (slice(400, 800), slice(0, 50)), (slice(800, 1200), slice(50, 100))):
+            assert np.array_equal(read_place(data, place), values[place])
+        assert corners == [(0, 0), (800, 50), (400, 0), (800, 50)]
+        assert np.array_equal(read_place(data, (slice(0, 900), slice(0, 70))), values)
+        assert len(corners) == 4, "more than a chunk is left to HDF5"
 
 
 def test_chunks_that_were_never_written_hold_the_fill_value(tmp_path: Path) -> None:

@@ -96,6 +96,21 @@ def read_rows(data: Any, first: int, stop: int) -> Array:
     return result
 
 
+def read_place(data: Any, place: tuple[int | slice, ...]) -> Array:
+    """What slicing gives of a place (of numbers, and slices with both ends); quick where it lies inside one chunk."""
+    if not _is_packed(data):
+        return np.asarray(data[place])
+    ends = [(part.start, part.stop) if isinstance(part, slice) else (part, part + 1) for part in place]
+    corner = tuple(first // size * size for (first, _), size in zip(ends, data.chunks, strict=True))
+    if any(stop > at + size for (_, stop), at, size in zip(ends, corner, data.chunks, strict=True)):
+        return np.asarray(data[place])
+    beyond = [max(0, at + size - length) for at, size, length in zip(corner, data.chunks, data.shape, strict=True)]
+    chunk = _decoded(data, corner)[tuple(slice(size - more) for size, more in zip(data.chunks, beyond, strict=True))]
+    inside = [slice(part.start - at, part.stop - at) if isinstance(part, slice) else part - at
+              for part, at in zip(place, corner, strict=True)]  # fmt: skip
+    return np.asarray(chunk[tuple(inside)])
+
+
 def _piece(data: h5py.Dataset, corner: tuple[int, ...], first: int, stop: int) -> tuple[Array, tuple[slice, ...]]:
     """What a chunk holds of rows [first, stop), and where it stands among them."""
     ends = zip(corner, data.chunks, data.shape, strict=True)

@@ -13,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from prep.clock import Clock
+from prep.nwb.chunks import read_place
 from prep.nwb.chunks import read_rows as rows_of
 from prep.nwb.clocks import read_clock
 from prep.nwb.file import as_text, dataset, get, holding, is_dataset, is_text
@@ -143,7 +144,7 @@ def read_series(survey: Survey, node: Node, num_columns: int | None = None) -> S
         raise PrepError("it has a single sample")
     clock, rows = read_clock(survey, node.path, num_samples)
     for row in (0, num_samples - 1):  # data that cannot be read is told now, not when the session is written
-        _ = data[row] if data.ndim == 1 else data[0, row] if transposed else data[row, 0]
+        read_place(data, (row,) if data.ndim == 1 else (0, row) if transposed else (row, 0))
     conversion, offset = scaling(survey, node.path, data.size // num_samples)
     return Series(
         path=node.path,

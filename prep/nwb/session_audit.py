@@ -12,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from prep.audit import OUTSIDE_S, Span, finding, missing_finding, outside_finding, overlap_findings
+from prep.nwb.chunks import read_place
 from prep.nwb.clocks import read_pulses
 from prep.nwb.file import get, is_dataset
 from prep.nwb.inventory import COLUMN_TYPES, Draft, Survey, snake_case
@@ -110,7 +111,7 @@ def _audit_samples(survey: Survey, draft: Draft) -> None:
         return
     num_missing = num_samples = 0
     for place in _looked_at(data):
-        block = data[place]
+        block = read_place(data, place)
         num_missing += int((~np.isfinite(block)).sum())
         num_samples += block.size
     survey.findings.extend(missing_finding(origin, num_missing, num_samples, num_samples == data.size))
@@ -119,7 +120,7 @@ def _audit_samples(survey: Survey, draft: Draft) -> None:
 def _looked_at(data: Any) -> Iterator[tuple[slice, ...]]:
     """All of a small dataset; of a large one whole chunks at even distances: half a chunk costs as much as a whole."""
     if data.size <= MAX_VALUES:
-        yield (slice(None),)
+        yield tuple(slice(0, length) for length in data.shape)
         return
     edges = data.chunks or (BLOCK_ROWS, *data.shape[1:])
     grid = [-(-size // edge) for size, edge in zip(data.shape, edges, strict=True)]

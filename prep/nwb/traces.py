@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from prep.nwb.chunks import read_place
 from prep.nwb.file import as_text, dataset, follow, get, is_dataset, is_group, numbers, texts
 from prep.nwb.inventory import Draft, Node, Survey, unique_names
 from prep.nwb.series import Series, read_block, read_series, trace_stream
@@ -138,7 +139,7 @@ def _is_missing(series: Series) -> bool:
         read_block(series.data, series.transposed, begin, min(begin + step, num_samples))
         for begin in range(0, num_samples, step)
     )
-    if np.isfinite(series.data[(0,) * series.data.ndim]):  # of most: no need to decode whole rows
+    if np.isfinite(read_place(series.data, (0,) * series.data.ndim)):  # of most: no need to decode whole rows
         return False
     return not any(np.isfinite(block).any() for block in blocks)
 

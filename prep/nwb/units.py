@@ -9,6 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from prep.audit import MS_RATIO, SHORTEST_S
+from prep.nwb.chunks import read_rows
 from prep.nwb.clocks import other_spans
 from prep.nwb.file import as_text, enum_words, get, is_dataset, is_text, ragged_stops
 from prep.nwb.inventory import UNREADABLE, Draft, Node, Survey, snake_case
@@ -188,7 +189,7 @@ def _plan(survey: Survey, node: Node, kept: Bool | None, name: str, prefix: str)
 def _refuse_sample_numbers(survey: Survey, node: Node) -> None:
     """Raise BrokenObject where spike times are evidently numbers of samples: whole, and far longer than all else."""
     column: Any = survey.file[node.path]["spike_times"]
-    first = column[:WHOLE_SPIKES]
+    first = read_rows(column, 0, WHOLE_SPIKES)  # keeps the chunk that is read next
     if first.dtype.kind not in "fiu" or not (first == np.rint(first)).all():
         return
     blocks = (column[begin : begin + BLOCK_SPIKES] for begin in range(0, len(column), BLOCK_SPIKES))
