@@ -49,10 +49,12 @@ class BrainloomModelOutput(ModelOutput):
     Attributes:
         last_hidden_state: latents (B, L, D).
         latent_time_s: time of each latent (L,), seconds from the window's start.
+        identity: of each source (B, S, D).
     """
 
     last_hidden_state: Tensor | None = None
     latent_time_s: Tensor | None = None
+    identity: Tensor | None = None
 
 
 @dataclass
@@ -397,7 +399,8 @@ class BrainloomModel(BrainloomPreTrainedModel):
         near = local_mask(latent_time_s, self.config)
         for layer in self.layers:
             x_BLD = layer(x_BLD, angles, near)
-        return BrainloomModelOutput(last_hidden_state=self.norm(x_BLD), latent_time_s=latent_time_s)
+        latents_BLD = self.norm(x_BLD)
+        return BrainloomModelOutput(last_hidden_state=latents_BLD, latent_time_s=latent_time_s, identity=identity_BSD)
 
 
 class BrainloomForPreTraining(BrainloomPreTrainedModel):
@@ -460,9 +463,8 @@ class BrainloomForPreTraining(BrainloomPreTrainedModel):
             context_s=context_s,
         )
         latents_BLD = outputs.last_hidden_state
-        identity_BSD = self.model.identity(unit_embeds, unit_features, source_modality)
         length_s = self.config.context_s if context_s is None else context_s
-        readout_BSGR = self.decoder(latents_BLD, outputs.latent_time_s, identity_BSD, length_s).float()
+        readout_BSGR = self.decoder(latents_BLD, outputs.latent_time_s, outputs.identity, length_s).float()
         modality_BQ = source_modality.gather(1, query_source)
         sample = torch.arange(self.config.samples_per_token, device=query_time_s.device)
         half_bin_BQ1 = 0.5 * (modality_BQ == SPIKES)[..., None]  # a count is of its bin, a trace of its instant
