@@ -57,8 +57,11 @@ def test_an_override_wins_over_the_file(tmp_path: Path) -> None:
         (
             "train:\n  families: [dreaming]\n",
             [],
-            "train.families[0] = 'dreaming' is text; expected one of co_smoothing",
+            "train.families[0] = 'dreaming': 'dreaming' is not a task family.",
         ),
+        ("train:\n  families: [decoding+decodign]\n", [], "Did you mean decoding? Valid:"),
+        ("train:\n  families: [decoding@0.25]\n", [], "train.families[0] = 0.25 must be a positive multiple of 0.1 s"),
+        ("train:\n  families: [decoding@long]\n", [], "train.families[0] = long must be a positive multiple of 0.1 s"),
         ("train:\n  families: []\n", [], "train.families is empty. Give at least one of"),
         ("train:\n  num_steps: 0\n", [], "train.num_steps = 0 must be more than 0."),
         ("train:\n  micro_batch_size: 0\n", [], "train.micro_batch_size = 0 must be more than 0."),

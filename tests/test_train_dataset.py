@@ -183,7 +183,7 @@ def test_a_split_too_short_for_a_window_has_none(reader: WindowReader) -> None:
     assert len(empty) == 0
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", [*FAMILIES, "co_smoothing+decoding", "forecasting+decoding", "encoding+inpainting"])
 def test_budgets_are_enough_and_shapes_are_fixed(reader: WindowReader, family: str) -> None:
     data = replace(RUN.data, max_units=100, max_queries=10**6, max_frames=100)
     roomy = WindowReader(reader.store, model_config(RUN), data.max_frames)

@@ -146,3 +146,15 @@ def test_an_evaluation_task_sees_what_its_name_says_and_no_more(windows: dict[st
 def test_encoding_on_the_stimulus_alone_hides_behaviour_too(windows: dict[str, Window]) -> None:
     mask = encoding(windows["full"].tokens, behavior=False, stimulus=True)
     assert not mask.visible.any() and mask.frames
+
+
+@pytest.mark.parametrize("session", SESSIONS)
+def test_a_mix_asks_for_what_any_asks_and_shows_what_all_show(windows: dict[str, Window], session: str) -> None:
+    tokens = windows[session].tokens
+    for seed in SEEDS:
+        mix = draw_mask("co_smoothing+decoding", tokens, 1.0, np.random.default_rng(seed))
+        alone = draw_mask("co_smoothing", tokens, 1.0, np.random.default_rng(seed))
+        np.testing.assert_array_equal(mix.visible, alone.visible)
+        np.testing.assert_array_equal(mix.asked, alone.asked | (tokens.modality == BEHAVIOR))
+    nothing = draw_mask("encoding+decoding", tokens, 1.0, np.random.default_rng(0))
+    assert not nothing.visible.any() and nothing.asked.all() and not nothing.frames

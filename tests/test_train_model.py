@@ -216,13 +216,26 @@ def test_nats_are_summed_by_modality_over_what_was_observed() -> None:
 
 
 def test_the_loss_weighs_modalities_by_their_own_number_of_values(
-    reader: WindowReader, model: BrainloomForPreTraining
+    reader: WindowReader, model: BrainloomForPreTraining, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(model.config, "scale_tempering", 0.0)
     output = model(**batch_of(reader, RUN, "inpainting", [masked(reader, "inpainting", "full")]))
     weight = [model.config.modality_weights[name] for name in ("spikes", "traces", "behavior")]
     nats, count = output.nats[0], output.num_values[0]
     expected = sum(w * float(n / c) for w, n, c in zip(weight, nats, count, strict=True) if c)
     assert float(output.loss) == pytest.approx(expected, rel=1e-6) and count[1] == 0 and count[0] and count[2]
+
+
+def test_errors_weigh_as_squares_where_the_likelihood_is_tempered_in_full(reader: WindowReader) -> None:
+    with torch.inference_mode(False), torch.enable_grad():
+        model = moved_model(RUN)
+        model.config.scale_tempering = 1.0
+        batch = batch_of(reader, RUN, "decoding", [masked(reader, "decoding", "full")])
+        output = model(**batch)
+        (gradient,) = torch.autograd.grad(output.loss, model.decoder.bias_proj.bias)
+        error = torch.where(batch["label_mask"], output.predictions - batch["labels"].nan_to_num(), 0.0)
+        expected = model.config.modality_weights["behavior"] * error.sum() / batch["label_mask"].sum()
+    assert float(gradient[0]) == pytest.approx(float(expected), rel=1e-4)  # the first readout is the mean
 
 
 def test_a_saved_model_is_loaded_bit_for_bit(model: BrainloomForPreTraining, tmp_path: Path) -> None:

@@ -101,6 +101,19 @@ def test_all_samples_of_a_step_are_of_one_family(store: Path) -> None:
         assert set(modality.tolist()) <= ({0, 1} if step % 2 == 0 else {2})
 
 
+def test_each_turn_has_windows_of_its_own_length(store: Path) -> None:
+    run = replace(RUN, train=replace(RUN.train, families=("forecasting+decoding@1.5", "co_smoothing+decoding@0.5")))
+    samples = TrainingSamples(store, run, model_config(run))
+    shapes: dict[float, set[tuple[int, ...]]] = {}
+    for step, batch in enumerate(batches(samples, 0, 0, 2)):
+        context_s = run.turn(step).context_s
+        times_s = batch["query_time_s"][batch["label_mask"].any(-1)]
+        assert times_s.min() >= 0 and times_s.max() < context_s
+        shapes.setdefault(context_s, set()).add(tuple(batch["input_values"].shape))
+    assert all(len(found) == 1 for found in shapes.values()) and len(shapes) == 2
+    assert samples.windows.context_ns == 1_500_000_000  # one order of windows, those of the longest turn
+
+
 def test_an_error_of_the_reader_reaches_the_loop(store: Path) -> None:
     samples = TrainingSamples(store, RUN, model_config(RUN))
     samples.budgets.clear()

@@ -15,6 +15,15 @@ from prep.settings import ConfigError, build, parse_value, read_yaml, write_yaml
 Family = Literal["co_smoothing", "forecasting", "encoding", "decoding", "inpainting"]
 FAMILIES: tuple[Family, ...] = ("co_smoothing", "forecasting", "encoding", "decoding", "inpainting")
 
+
+@dataclass(frozen=True)
+class Turn:
+    """What one step trains: a mix of families, for instance co_smoothing+decoding, in windows of one length."""
+
+    mix: str
+    context_s: float
+
+
 # Layers, width, heads, inner width, unit row: the trunk has about 12 * width^2 parameters a layer.
 PRESETS: dict[str, dict[str, Any]] = {
     "debug": {
@@ -79,6 +88,26 @@ def _check_positive(section: Any, *names: str) -> None:
             raise ConfigError(f"{name} = {getattr(section, name)} must be more than 0.")
 
 
+def _check_turn(where: str, text: str) -> None:
+    mix, at, seconds = text.partition("@")
+    for family in mix.split("+"):
+        if family not in FAMILIES:
+            near = difflib.get_close_matches(family, FAMILIES, n=1)
+            hint = f"Did you mean {near[0]}? " if near else ""
+            raise ConfigError(
+                f"{where} = {text!r}: {family!r} is not a task family. {hint}Valid: {', '.join(FAMILIES)}, "
+                "or a mix such as co_smoothing+decoding, each with or without a length of its windows, such as @2.0."
+            )
+    if at:
+        _check_context(where, parse_value(seconds))
+
+
+def _check_context(where: str, context_s: Any) -> None:
+    number = isinstance(context_s, int | float)
+    if not number or context_s <= 0 or abs(context_s * 10 - round(context_s * 10)) > 1e-9:
+        raise ConfigError(f"{where} = {context_s} must be a positive multiple of 0.1 s (one token).")
+
+
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
     """Which model: a preset, and what differs from it (keys of BrainloomConfig)."""
@@ -105,8 +134,7 @@ class DataConfig:
     num_workers: int = 0  # loader processes per rank; 0 = a thread
 
     def __post_init__(self) -> None:
-        if abs(self.context_s * 10 - round(self.context_s * 10)) > 1e-9 or self.context_s <= 0:
-            raise ConfigError(f"context_s = {self.context_s} must be a positive multiple of 0.1 s (one token).")
+        _check_context("context_s", self.context_s)
         _check_positive(self, "stride_s", "max_units", "max_queries", "max_frames")
 
 
@@ -124,13 +152,15 @@ class OptimConfig:
     final_lr_fraction: float = 0.05
     clip_norm: float = 1.0
     unit_dropout: float = 0.1  # how often a unit's residual row is absent in training
-    families: tuple[Family, ...] = FAMILIES  # in turn, one a step
+    families: tuple[str, ...] = FAMILIES  # in turn, one a step: FAMILY[+FAMILY …][@SECONDS], by default data.context_s
     precision: Literal["fp32", "bf16"] = "fp32"
 
     def __post_init__(self) -> None:
         _check_positive(self, "num_steps", "global_batch_size", "micro_batch_size", "clip_norm")
         if not self.families:
             raise ConfigError(f"families is empty. Give at least one of {list(FAMILIES)}.")
+        for number, text in enumerate(self.families):
+            _check_turn(f"families[{number}]", text)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -150,6 +180,16 @@ class RunConfig:
         if self.seed < 0:
             raise ConfigError(f"seed = {self.seed} must not be negative.")
         _check_positive(self, "checkpoint_every", "keep_checkpoints", "log_every")
+
+    def turn(self, step: int) -> Turn:
+        """What an optimizer step trains: a function of the step alone, the same on all ranks."""
+        mix, _, seconds = self.train.families[step % len(self.train.families)].partition("@")
+        return Turn(mix, float(seconds) if seconds else self.data.context_s)
+
+    @property
+    def turns(self) -> list[Turn]:
+        """All that is trained in turn."""
+        return [self.turn(step) for step in range(len(self.train.families))]
 
     def save(self, path: Path) -> None:
         """Write the resolved configuration as YAML."""

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from prep.settings import COUNT_MISSING, MODALITIES, TOKEN_NS, ConfigError
 from prep.store import Session, Store
-from train.config import DataConfig, Family
+from train.config import DataConfig
 from train.masking import Mask, TokenTable
 from train.model.configuration_brainloom import BrainloomConfig
 from train.model.processing_brainloom import middle, standard_pixels, standardise
@@ -252,8 +252,8 @@ class Budget:
     num_frames: int
 
 
-def budget(store: Store, data: DataConfig, family: Family) -> Budget:
-    """The shape of every sample of a family: enough for the store's fullest session."""
+def budget(store: Store, data: DataConfig, mix: str) -> Budget:
+    """The shape of every sample of a mix of families: enough for the store's fullest session."""
     context_ns = round(data.context_s * 1e9)
     activity = behavior = units = channels = 0
     for entry in store.entries:
@@ -269,9 +269,12 @@ def budget(store: Store, data: DataConfig, family: Family) -> Budget:
         units, activity = max(units, min(session_units, data.max_units)), max(activity, session_activity)
         behavior, channels = max(behavior, session_behavior), max(channels, session_channels)
     num_activity = units * activity
-    inputs = {"encoding": behavior, "inpainting": num_activity + behavior}.get(family, num_activity)
-    asked = {"decoding": behavior, "inpainting": num_activity + behavior}.get(family, num_activity)
-    frames = min(data.max_frames, _most_frames(store, context_ns)) if family in ("encoding", "inpainting") else 0
+    families, everything = mix.split("+"), num_activity + behavior
+    inputs = min({"encoding": behavior, "inpainting": everything}.get(name, num_activity) for name in families)
+    asked = sum({"decoding": behavior, "inpainting": everything}.get(name, num_activity) for name in families)
+    asked = min(asked, everything)
+    shown = {"encoding", "inpainting"}.issuperset(families)
+    frames = min(data.max_frames, _most_frames(store, context_ns)) if shown else 0
     return Budget(units + channels, max(1, inputs), max(1, min(asked, data.max_queries)), max(1, frames))
 
 

@@ -76,8 +76,8 @@ class Engine:
         module: BrainloomForPreTraining = self.deepspeed.module
         return module
 
-    def forward(self, batch: dict[str, Tensor]) -> BrainloomPreTrainingOutput:
-        """Predictions and loss of one micro-batch."""
+    def forward(self, batch: dict[str, Tensor], context_s: float) -> BrainloomPreTrainingOutput:
+        """Predictions and loss of one micro-batch of windows of one length."""
         arguments = {name: tensor for name, tensor in batch.items() if name != "unit_rows"}
         if self.config.train.precision == "bf16":
             arguments = {
@@ -85,7 +85,7 @@ class Engine:
                 for name, tensor in arguments.items()
             }
         embeds = self.table.lookup(batch["unit_rows"])
-        output: BrainloomPreTrainingOutput = self.deepspeed(unit_embeds=embeds, **arguments)
+        output: BrainloomPreTrainingOutput = self.deepspeed(unit_embeds=embeds, context_s=context_s, **arguments)
         return output
 
     def train_step(self, micro_batches: list[dict[str, Tensor]], step: int) -> tuple[Tensor, Tensor]:
@@ -93,9 +93,10 @@ class Engine:
         factor = lr_factor(step, self.config.train)
         for group in self.optimizer.param_groups:
             group["lr"] = self.config.train.lr * factor
+        context_s = self.config.turn(step).context_s
         loss, nats, values = torch.zeros(()), torch.zeros(3), torch.zeros(3)
         for batch in micro_batches:
-            output = self.forward(batch)
+            output = self.forward(batch, context_s)
             self.deepspeed.backward(output.loss)
             self.table.accumulate()
             self.deepspeed.step()

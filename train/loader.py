@@ -6,6 +6,7 @@ In: a store and a run's configuration. Out: (step, batch) for one rank; the same
 import queue
 import threading
 from collections.abc import Generator, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from prep.settings import ConfigError
+from prep.settings import TOKEN_NS, ConfigError
 from prep.store import Store
 from train.config import RunConfig
 from train.dataset import WindowReader, budget, collate, make_sample, split_windows
@@ -30,13 +31,16 @@ class TrainingSamples(Dataset[dict[str, Any]]):
     def __init__(self, store: str | Path, config: RunConfig, model: BrainloomConfig) -> None:
         self.path, self.config, self.model = store, config, model
         opened = Store(store)
-        self.windows = split_windows(opened, "train", config.data.context_s, config.data.stride_s)
+        longest_s = max(turn.context_s for turn in config.turns)
+        self.windows = split_windows(opened, "train", longest_s, config.data.stride_s)
         if not len(self.windows):
             raise ConfigError(
-                f"{store} has no window of {config.data.context_s} s in the train split. "
+                f"{store} has no window of {longest_s} s in the train split. "
                 "Shorten data.context_s, or ingest longer recordings."
             )
-        self.budgets = {family: budget(opened, config.data, family) for family in config.train.families}
+        self.budgets = {
+            turn: budget(opened, replace(config.data, context_s=turn.context_s), turn.mix) for turn in config.turns
+        }
         self._reader: WindowReader | None = None  # opened by whoever reads, never carried into a worker
 
     def __getitem__(self, position: int) -> dict[str, Any]:
@@ -46,10 +50,13 @@ class TrainingSamples(Dataset[dict[str, Any]]):
         drawn = draw(position, len(self.windows), config.seed, config.train.global_batch_size)
         chance = drawn.generator(config.seed)
         session, start_ns = self.windows.locate(drawn.window, chance.random())
-        window = self._reader.read(session, start_ns, self.windows.context_ns, config.data.max_units, chance)
-        family = config.train.families[drawn.step % len(config.train.families)]
-        mask = draw_mask(family, window.tokens, config.data.context_s, chance)
-        sample = make_sample(window, mask, self.budgets[family], chance)
+        turn = config.turn(drawn.step)
+        context_ns = round(turn.context_s * 1e9)
+        if context_ns < self.windows.context_ns:  # a part of the window that the longest turn would read
+            start_ns += int(chance.random() * ((self.windows.context_ns - context_ns) // TOKEN_NS + 1)) * TOKEN_NS
+        window = self._reader.read(session, start_ns, context_ns, config.data.max_units, chance)
+        mask = draw_mask(turn.mix, window.tokens, turn.context_s, chance)
+        sample = make_sample(window, mask, self.budgets[turn], chance)
         is_unit = sample["source_modality"] < 2
         dropped = is_unit & (chance.random(len(is_unit)) < config.train.unit_dropout)
         sample["unit_rows"][dropped] = -1

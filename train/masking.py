@@ -66,8 +66,18 @@ TASKS = (
 )
 
 
-def draw_mask(family: Family, tokens: TokenTable, context_s: float, chance: np.random.Generator) -> Mask:
-    """The mask of one training sample."""
+def draw_mask(mix: str, tokens: TokenTable, context_s: float, chance: np.random.Generator) -> Mask:
+    """The mask of one training sample, of one family or of a mix (`co_smoothing+decoding`).
+
+    A mix asks for what any of its families asks for, and shows what all of them show.
+    """
+    masks = [_draw_one(family, tokens, context_s, chance) for family in mix.split("+")]
+    visible = np.logical_and.reduce([mask.visible for mask in masks])
+    asked = np.logical_or.reduce([mask.asked for mask in masks])
+    return Mask(visible, asked, frames=all(mask.frames for mask in masks))
+
+
+def _draw_one(family: str, tokens: TokenTable, context_s: float, chance: np.random.Generator) -> Mask:
     activity = is_activity(tokens)
     if family == "co_smoothing":
         units = np.unique(tokens.source[activity])

@@ -38,6 +38,7 @@ class BrainloomConfig(PretrainedConfig):
         rope_min_period_s, rope_max_period_s: range of the rotary periods in seconds.
         likelihoods: family of each modality's values, of those in LIKELIHOODS; what is not named is the default.
         modality_weights: weight of each modality's nats per observed value in the loss.
+        scale_tempering: beta of the beta-NLL, for all but counts: 0 is the likelihood, 1 weighs errors as squares do.
         initializer_range: standard deviation of embeddings at the start.
         log_rate_limit: largest |log rate - log null rate| of a count.
     """
@@ -65,6 +66,7 @@ class BrainloomConfig(PretrainedConfig):
         rope_max_period_s: float = 60.0,
         likelihoods: dict[str, str] | None = None,
         modality_weights: dict[str, float] | None = None,
+        scale_tempering: float = 0.7,
         log_rate_limit: float = 6.0,
         rms_norm_eps: float = 1e-6,
         initializer_range: float = 0.3,
@@ -105,6 +107,7 @@ class BrainloomConfig(PretrainedConfig):
         self.rope_min_period_s = rope_min_period_s
         self.rope_max_period_s = rope_max_period_s
         self.likelihoods = chosen
+        self.scale_tempering = scale_tempering
         self.modality_weights = modality_weights or {"spikes": 20.0, "traces": 6.0, "behavior": 0.5}
         self.log_rate_limit = log_rate_limit
         self.rms_norm_eps = rms_norm_eps

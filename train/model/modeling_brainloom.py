@@ -159,8 +159,9 @@ class BrainloomEncoder(GradientCheckpointingLayer):
     """Latents read the visible tokens: found by who and when, read for what.
 
     Keys are made of identity and time, values of the samples alone, gated by identity; so both are made once per
-    source. A source at its mean has no content, whence the mean over many sources is a signal around zero; it is
-    small, and normed before it joins the latents, or it would drown beside their own embedding.
+    source. A source at its mean has no content, whence the mean over many sources is a signal around zero. Times the
+    root of their number it is as large for ten sources as for a thousand, and larger where they agree: how sure the
+    population is stays in it, which a norm would take away.
     """
 
     def __init__(self, config: BrainloomConfig) -> None:
@@ -179,7 +180,6 @@ class BrainloomEncoder(GradientCheckpointingLayer):
         self.k_norm = BrainloomRMSNorm(self.heads[1], eps)
         self.time_bias = nn.Parameter(torch.ones(self.heads[1]))
         self.o_proj = nn.Linear(size, size, bias=False)
-        self.read_layernorm = BrainloomRMSNorm(size, eps)
         self.post_attention_layernorm = BrainloomRMSNorm(size, eps)
         self.mlp = BrainloomMLP(config)
 
@@ -216,9 +216,17 @@ class BrainloomEncoder(GradientCheckpointingLayer):
             value.unflatten(-1, self.heads),
             visible,
         )
-        x_BLD = latents_BLD + self.read_layernorm(self.o_proj(read))
+        loudness_B11 = self._num_seen(source_BN, identity_BSD.shape[1], frame_mask_BF, key_mask_BT).sqrt()
+        x_BLD = latents_BLD + self.o_proj(read) * loudness_B11.to(read.dtype)
         out: Tensor = x_BLD + self.mlp(self.post_attention_layernorm(x_BLD))
         return out
+
+    def _num_seen(self, source_BN: Tensor, num_sources: int, frame_mask_BF: Tensor, key_mask_BT: Tensor) -> Tensor:
+        """How many sources, and places of the screen, are visible (B, 1, 1); at least one."""
+        shown_BN = key_mask_BT[:, 1 : 1 + source_BN.shape[1]].float()
+        seen_BS = shown_BN.new_zeros(len(source_BN), num_sources).scatter_reduce(1, source_BN, shown_BN, "amax")
+        places_B = self.patches.position_embed.shape[0] * frame_mask_BF.any(1)
+        return (seen_BS.sum(1) + places_B).clamp(min=1)[:, None, None]
 
     def _keys(self, x_BTD: Tensor) -> Tensor:
         key: Tensor = self.k_norm(self.k_proj(x_BTD).unflatten(-1, self.heads)) + self.time_bias
@@ -479,8 +487,13 @@ class BrainloomForPreTraining(BrainloomPreTrainedModel):
             values = torch.where(label_mask, labels.float(), 0.0)
             excess = self.likelihoods.excess_nats(values, readout, modality_BQ1)
             nats, num_values = sum_by_modality(excess, label_mask, modality_BQ)
+            # beta-NLL (Seitzer 2022): else what is hard to predict is called uncertain, and its mean is never learned
+            tempered = excess * torch.exp(2 * self.config.scale_tempering * readout.log_std.detach())
+            tempered, _ = sum_by_modality(
+                torch.where(modality_BQ1 == SPIKES, excess, tempered), label_mask, modality_BQ
+            )
             weight = nats.new_tensor([self.config.modality_weights[name] for name in MODALITIES[:3]])
-            loss = (weight * nats / num_values.clamp(min=1)).sum(1).mean()
+            loss = (weight * tempered / num_values.clamp(min=1)).sum(1).mean()
         return BrainloomPreTrainingOutput(
             loss=loss,
             predictions=self.likelihoods.expected(readout, modality_BQ1),
