@@ -3,6 +3,7 @@
 In: tasks, a client. Out: each task's result, or a Failed, given to whom it concerns.
 """
 
+import asyncio
 import time
 import uuid
 from collections import deque
@@ -16,8 +17,7 @@ from distributed import Client, Future, KilledWorker, as_completed
 from prep.patience import PATIENCE_S, TOPIC, watched
 from prep.tasks import Failed, guarded, one_line
 
-RESULT_S = 20.0  # until a result is here
-LOOK_S = 1.0  # how often the workers are counted: clusters grow and shrink, workers die
+LOOK_S = 1.0  # how often the workers are counted: clusters grow and shrink, workers die, also while a result is due
 # A worker that dies in its first moments is not started again: its nanny has not yet noticed that it lived.
 NEW_S = 1.0
 MAX_DEATHS = "brainloom.max-deaths"  # the setting: how many workers may die of a task, the last of them included
@@ -85,7 +85,7 @@ class Flow:
             self.landed.add(future)
             return
         try:
-            result = None if future.status == "error" or task.is_dropped else future.result(timeout=RESULT_S)
+            result = None if future.status == "error" or task.is_dropped else self._fetched(task)
         except TimeoutError:  # its worker died before the result had left it: `_look` will see that
             self.landed.add(future)
             return
@@ -95,6 +95,20 @@ class Flow:
             self._try_again(task, future, future.exception())
         elif not task.is_dropped:
             task.on_done(result)
+
+    def _fetched(self, task: Task) -> Any:
+        """What a task has returned. Raises TimeoutError where it died with its worker: Dask would wait for ever."""
+        coming = asyncio.run_coroutine_threadsafe(self._gather(task.future), self.client.loop.asyncio_loop)
+        while True:
+            try:
+                return coming.result(LOOK_S)
+            except TimeoutError:
+                if task.worker not in self.client.nthreads():
+                    coming.cancel()
+                    raise
+
+    async def _gather(self, future: Future | None) -> Any:
+        return await self.client.gather(future, asynchronous=True)
 
     def _try_again(self, task: Task, future: Future, error: BaseException | None = None) -> None:
         """After a worker's death, or an error beside the task: unless it hung, or it was not the first time."""

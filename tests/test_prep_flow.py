@@ -109,6 +109,28 @@ def test_a_worker_that_dies_once_costs_nothing_but_time(client: Client, tmp_path
     assert results(client, (die, tmp_path / "a", 1), (rest, 0.1)) == ["alive", "rested"]
 
 
+class Last:
+    """A result that kills its worker when it is asked for, the first time."""
+
+    def __init__(self, mark: Path) -> None:
+        self.mark = mark
+
+    def __reduce__(self) -> Any:
+        if not self.mark.exists():
+            self.mark.touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+        return str, ("fetched",)
+
+
+def test_a_result_that_dies_with_its_worker_before_it_is_fetched_is_made_again_soon(
+    client: Client, tmp_path: Path
+) -> None:
+    started = time.monotonic()
+    assert results(client, (Last, tmp_path / "died"), (rest, 0.1)) == ["fetched", "rested"]
+    assert (tmp_path / "died").exists()
+    assert time.monotonic() - started < 15
+
+
 @pytest.mark.slow
 def test_workers_come_back_however_often_they_die(tmp_path: Path) -> None:
     with connect(None, 1) as alone:  # Dask closes for good whom it does not see 15 s after a death
