@@ -39,7 +39,10 @@ class Recipe:
     stride: int = 1  # every so manieth window of train and valid
 
 
-HEADING = Recipe(bin_s=0.1)
+HEADING = {
+    "hd_acausal": Recipe(bin_s=0.1),
+    "hd_causal": Recipe(features=windows.recent, input_dropout=0.2),
+}
 SPIKES = Recipe(features=windows.around, dropout=0.5, input_dropout=0.2, learning_rate=1e-3)
 FUTURE_BY_MLP = Recipe(features=windows.recent, dropout=0.5, learning_rate=1e-3, batch_size=128)
 FUTURE_BY_GRU = Recipe(features=windows.binned(3), width=64, input_dropout=0.2, learning_rate=3e-3, batch_size=128)
@@ -133,8 +136,9 @@ def _begin_at_mean(network: nn.Module, counts: np.ndarray) -> None:
 
 def predict_heading(recording: Recording, task: str, fold: int | None) -> np.ndarray:
     """cos and sin by MLP."""
-    problem = windows.problem(recording, task, fold, HEADING.bin_s)
-    return mean_of(HEADING, problem.inputs(HEADING.features), problem.asked, Mlp, nn.functional.mse_loss)
+    recipe = HEADING[task]
+    problem = windows.problem(recording, task, fold, recipe.bin_s)
+    return mean_of(recipe, problem.inputs(recipe.features), problem.asked, Mlp, nn.functional.mse_loss)
 
 
 def predict_spikes(recording: Recording, task: str, fold: int | None) -> np.ndarray:
