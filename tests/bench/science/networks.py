@@ -36,7 +36,7 @@ class Recipe:
     weight_decay: float = 0.01
     passes: int = 10
     batch_size: int = 256
-    stride: int = 1  # every so manieth window of train and valid
+    stride: int = 1  # of the windows of train and valid; neighbours are alike
 
 
 HEADING = {
