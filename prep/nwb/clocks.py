@@ -21,6 +21,7 @@ from prep.audit import (
     rate_finding,
 )
 from prep.clock import Clock, clean_times, clock_findings, rate_times, regularity
+from prep.nwb.chunks import read_rows
 from prep.nwb.file import as_text, dataset, follow, get, is_dataset, is_group
 from prep.nwb.inventory import UNREADABLE, Node, Survey, is_named
 from prep.plan import BrokenObject, Finding, PrepError
@@ -218,9 +219,11 @@ def _clock_span(survey: Survey, node: Node) -> Iterator[tuple[bool, Span]]:
     names = {"Units": ("spike_times",), "TimeIntervals": ("start_time", "stop_time")}
     columns: list[Any] = [get(group, name) for name in names.get(node.neurodata_type, ("timestamps",))]
     if all(is_dataset(column) and column.ndim == 1 and column.dtype.kind in "fiu" for column in columns):
-        is_series = len(columns) == 1 and node.neurodata_type != "Units"
-        ends = [column[part] for column in columns for part in (slice(1), slice(max(0, len(column) - 1), len(column)))]
-        times = np.concatenate(ends if is_series else [column[:FIRST_SPIKES] for column in columns]).astype(np.float64)
+        if len(columns) == 1 and node.neurodata_type != "Units":
+            parts = [columns[0][:1], columns[0][max(0, len(columns[0]) - 1) :]]
+        else:
+            parts = [read_rows(column, 0, FIRST_SPIKES) for column in columns]
+        times = np.concatenate(parts).astype(np.float64)
         if np.isfinite(times).any():
             yield node.neurodata_type == "Units", (float(np.nanmin(times)), float(np.nanmax(times)))
     data: Any = get(group, "data")

@@ -119,7 +119,8 @@ def _plan(survey: Survey, node: Node, rois: Rois, taken: dict[str, str]) -> Draf
         raise PrepError("all its samples are missing")
     name = survey.stream_name(node)
     ids = unique_names(rois.ids, rois.rows) or [str(row) for row in range(num_rois)]
-    keys = [survey.unit_key(f"{_cell_label(survey, rois, name)}-{roi}") for roi in ids]
+    label = _cell_label(survey, rois, name)
+    keys = [survey.unit_key(f"{label}-{roi}") for roi in ids]
     shared = next((taken[key] for key in keys if key in taken), None)
     if shared is not None:
         raise PrepError(f"some of its cells are in {shared}, which is read")
