@@ -1,0 +1,201 @@
+"""How large a model is and what it costs: parameters, floating point operations and memory, by formula.
+
+In: a model's configuration and the shape of a batch, or the YAML of a run. Out: numbers by part, which agree with the
+model that is built (tests/test_train_flops.py), and a table: `python -m train.flops train/configs/1b.yaml --gpus 64`.
+
+Counted are matrix products, two operations for each multiply-add; nothing else is worth a GPU's time. The backward pass
+takes two products for each of the forward pass, one for the weights and one for what came in, if that learns.
+"""
+
+import argparse
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from train.build import model_config
+from train.config import RunConfig, load
+from train.model.configuration_brainloom import MODALITIES, BrainloomConfig
+from train.model.likelihoods_brainloom import NUM_READOUTS
+
+PARTS = ("identity", "encoder", "trunk", "decoder")
+TOKENS_PER_S = 10  # of each unit (prep: a token is 100 ms)
+H100_FLOPS, UTILISATION = 989e12, 0.4  # dense bf16; what is assumed of it
+BYTES = {"bf16": 2, "fp32": 4}
+STATE_BYTES = {"bf16": 2 + 2 + 4 + 8, "fp32": 4 + 4 + 4 + 8}  # weights, gradients, masters, Adam's two moments
+# What autograd keeps, in vectors of hidden_size: of a latent in a layer of the trunk, a token, a source, a patch.
+# Found by counting what the debug model saves (sdpa, no gradient checkpointing).
+KEPT = {"bf16": (33.0, 4.7, 28.1, 9.9), "fp32": (24.9, 4.4, 17.9, 7.6)}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shape:
+    """Sizes of one batch."""
+
+    batch: int = 1
+    sources: int
+    tokens: int  # visible ones of each sample
+    frames: int
+    context_s: float
+
+
+@dataclass(frozen=True)
+class Product:
+    """A matrix product (rows, inner) x (inner, columns); `learns`: its left side has a gradient too."""
+
+    rows: int
+    inner: int
+    columns: int
+    learns: bool = True
+
+    @property
+    def forward(self) -> int:
+        """Operations of the forward pass."""
+        return 2 * self.rows * self.inner * self.columns
+
+    @property
+    def training(self) -> int:
+        """Operations of forward and backward pass."""
+        return self.forward * (3 if self.learns else 2)
+
+
+def parameters(config: BrainloomConfig) -> dict[str, int]:
+    """Parameters of the core by part; the unit table lies outside."""
+    width, row, inner = config.hidden_size, config.unit_embed_size, config.intermediate_size
+    head = width // config.num_attention_heads
+    attention, mlp = 4 * width**2 + 3 * head, 3 * width * inner
+    patches = (config.patch_size**2 + 1) * width + width**2 + config.num_patches * width
+    readout = width * width * NUM_READOUTS + (width + 1) * NUM_READOUTS
+    samples = config.samples_per_token * width
+    latents = config.latents_per_step * width
+    return {
+        "identity": (config.num_unit_features + 1) * row + row**2 + row * width + len(MODALITIES) * width,
+        "encoder": attention + mlp + patches + samples + latents + 4 * width,  # a null key and three norms
+        "trunk": config.num_hidden_layers * (attention + mlp + 2 * width) + width,
+        "decoder": attention + mlp + readout + 5 * width,  # a time embedding and four norms
+    }
+
+
+def products(config: BrainloomConfig, shape: Shape) -> dict[str, list[Product]]:
+    """Every matrix product of one sample, by part."""
+    width, row, sources = config.hidden_size, config.unit_embed_size, shape.sources
+    steps, times = (round(shape.context_s * hz) for hz in (config.latent_hz, config.readout_hz))
+    latents, patches = steps * config.latents_per_step, shape.frames * config.num_patches
+    keys = 1 + shape.tokens + patches
+    square = [(latents, width, width)] * 2 + [(1 + sources + patches, width, width), (sources, width, width)]
+    return {
+        "identity": [
+            Product(sources, config.num_unit_features, row, learns=False),
+            Product(sources, row, row),
+            Product(sources, row, width),
+        ],
+        "encoder": [
+            Product(shape.tokens, config.samples_per_token, width, learns=False),
+            Product(patches, config.patch_size**2, width, learns=False),
+            Product(patches, width, width),
+            *(Product(*sizes) for sizes in square),  # queries and output, keys, gates
+            *_reading(config, latents, keys),
+            *_mlp(config, latents),
+        ],
+        "trunk": config.num_hidden_layers
+        * [*(Product(latents, width, width),) * 4, *_reading(config, latents, latents), *_mlp(config, latents)],
+        "decoder": [
+            *(Product(times, width, width),) * 2,
+            *(Product(latents, width, width),) * 2,
+            *_reading(config, times, latents),
+            *_mlp(config, times),
+            Product(sources, width, NUM_READOUTS * width),
+            Product(sources * NUM_READOUTS, width, times),
+            Product(sources, width, NUM_READOUTS),
+        ],
+    }
+
+
+def _reading(config: BrainloomConfig, queries: int, keys: int) -> Iterator[Product]:
+    """Scores and sums of attention, all heads together; a local mask hides, and saves nothing."""
+    yield Product(queries, config.hidden_size, keys)
+    yield Product(queries, keys, config.hidden_size)
+
+
+def _mlp(config: BrainloomConfig, rows: int) -> Iterator[Product]:
+    for _ in range(3):
+        yield Product(rows, config.hidden_size, config.intermediate_size)
+
+
+def forward_flops(config: BrainloomConfig, shape: Shape) -> dict[str, int]:
+    """Operations of a forward pass by part."""
+    return {part: shape.batch * sum(p.forward for p in made) for part, made in products(config, shape).items()}
+
+
+def training_flops(config: BrainloomConfig, shape: Shape) -> dict[str, int]:
+    """Operations of a forward and backward pass by part, without what gradient checkpointing repeats."""
+    return {part: shape.batch * sum(p.training for p in made) for part, made in products(config, shape).items()}
+
+
+def fullest_shape(run: RunConfig, config: BrainloomConfig, batch: int = 1) -> Shape:
+    """A batch in which every unit is visible all the time, and the stimulus: no mask family sees more."""
+    tokens = round(run.data.max_units * run.data.context_s * TOKENS_PER_S)
+    return Shape(
+        batch=batch,
+        sources=run.data.max_units,
+        tokens=tokens,
+        frames=run.data.max_frames,
+        context_s=run.data.context_s,
+    )
+
+
+def state_bytes(config: BrainloomConfig, precision: str, num_ranks: int) -> float:
+    """Weights, gradients and optimizer states of the core on one rank under ZeRO-3."""
+    return sum(parameters(config).values()) * STATE_BYTES[precision] / num_ranks
+
+
+def activation_bytes(config: BrainloomConfig, shape: Shape, precision: str) -> float:
+    """What autograd keeps of a batch between forward and backward pass; the decoder counts as one more layer."""
+    latents = round(shape.context_s * config.latent_hz) * config.latents_per_step
+    times = round(shape.context_s * config.readout_hz)
+    of_latent, of_token, of_source, of_patch = KEPT[precision]
+    vectors = of_latent * (config.num_hidden_layers * latents + times)
+    vectors += of_token * shape.tokens + of_source * shape.sources + of_patch * shape.frames * config.num_patches
+    return vectors * shape.batch * config.hidden_size * BYTES[precision]
+
+
+def summary(run: RunConfig, num_gpus: int) -> str:
+    """One line: size, memory and what compute allows on `num_gpus` H100, as the headers of train/configs have it."""
+    config, precision = model_config(run), run.train.precision
+    counted = parameters(config)
+    states = state_bytes(config, precision, max(1, num_gpus)) / 2**30
+    kept = activation_bytes(config, fullest_shape(run, config, run.train.micro_batch_size), precision) / 2**30
+    line = (
+        f"P_core {sum(counted.values()) / 1e6:,.1f} M (trunk {counted['trunk'] / 1e6:,.1f} M), P_unit "
+        f"{config.unit_embed_size} a source; a rank holds {states:.2f} GiB of states, {kept:.1f} GiB of activations"
+    )
+    if not num_gpus:
+        return line
+    step = sum(training_flops(config, fullest_shape(run, config, run.train.global_batch_size)).values())
+    rate = num_gpus * H100_FLOPS * UTILISATION / step
+    return f"{line}; compute alone allows {rate:,.1f} steps/s ({UTILISATION:.0%} of the peak of {num_gpus} H100)"
+
+
+def table(run: RunConfig) -> str:
+    """A step of the run by part of the model."""
+    config = model_config(run)
+    shape = fullest_shape(run, config, run.train.global_batch_size)
+    columns = [parameters(config), forward_flops(config, shape), training_flops(config, shape)]
+    rows = [(part, [column[part] for column in columns]) for part in PARTS]
+    rows.append(("all", [sum(column.values()) for column in columns]))
+    lines = [f"{'part':<9}{'parameters':>15}{'forward GFLOP':>16}{'step GFLOP':>14}   (a step: {shape.batch} windows)"]
+    lines += [f"{part:<9}{p:>15,}{forward / 1e9:>16,.1f}{step / 1e9:>14,.1f}" for part, (p, forward, step) in rows]
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """Size, memory and throughput of a run, by formula; nothing is built."""
+    parser = argparse.ArgumentParser(prog="python -m train.flops", description=main.__doc__)
+    parser.add_argument("config", type=Path)
+    parser.add_argument("--gpus", type=int, default=1, help="how many H100; 0: none")
+    args = parser.parse_args()
+    run = load(args.config)
+    print(table(run), summary(run, args.gpus), sep="\n")
+
+
+if __name__ == "__main__":
+    main()
