@@ -104,8 +104,7 @@ class Flow:
                 return coming.result(LOOK_S)
             except TimeoutError:
                 if task.worker not in self.client.nthreads():
-                    coming.cancel()
-                    raise
+                    raise  # the call ends when the future is let go; cancelled, asyncio would print its errors
 
     async def _gather(self, future: Future | None) -> Any:
         return await self.client.gather(future, asynchronous=True)
