@@ -41,7 +41,7 @@ MIXES = [
 def readout_of(raw: Any, null: Any = 1.0) -> Readout:
     """A readout of numbers (…, 4), float64."""
     raw = torch.as_tensor(raw, dtype=torch.float64)
-    return Readout(*raw.unbind(-1), torch.as_tensor(null, dtype=torch.float64).expand(raw.shape[:-1]), LIMIT)
+    return Readout.of(raw, torch.as_tensor(null, dtype=torch.float64).expand(raw.shape[:-1]), LIMIT)
 
 
 def drawn(number: int, seed: int = 0) -> tuple[Readout, list[Readout]]:
@@ -54,10 +54,10 @@ def drawn(number: int, seed: int = 0) -> tuple[Readout, list[Readout]]:
 
 def by_scipy(family: str, readout: Readout) -> Any:
     """The distribution that a single readout means; of the gamma the part above zero, and its weight."""
-    location, log_scale, shape, logit = (
-        float(x) for x in (readout.location, readout.log_scale, readout.shape, readout.zero_logit)
+    location, log_std, shape, logit = (
+        float(x) for x in (readout.location, readout.log_std, readout.shape, readout.zero_logit)
     )
-    null, std = float(readout.null), np.exp(3 * np.tanh(log_scale / 3))
+    null, std = float(readout.null), np.exp(log_std)
     rate = null * np.exp(LIMIT * np.tanh(location / LIMIT))
     if family == "poisson":
         return stats.poisson(rate)
@@ -115,7 +115,7 @@ def test_excess_nats_are_differences_of_scipys_log_probabilities(family: str) ->
         np.testing.assert_allclose(actual, expected, rtol=1e-10, atol=1e-10)
 
 
-NAMES = ("location", "log_scale", "shape", "zero_logit", "null")
+NAMES = ("location", "log_std", "shape", "zero_logit", "null")
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -212,13 +212,13 @@ def test_gradients_are_finite_at_extremes(family: str) -> None:
     values = [0.0, 1.0, 254.0] if family in COUNTS else [-20.0, -1e-6, 0.0, 1e-6, 20.0]
     for null in (1e-4, 0.5, 50.0):
         for value in values:
-            parts = [column.clone().requires_grad_() for column in raw.unbind(-1)]
-            readout = Readout(*parts, torch.full_like(parts[0], null), LIMIT)
-            excess = FAMILIES[family].excess_nats(torch.full_like(parts[0], value), readout)
+            numbers = raw.clone().requires_grad_()
+            readout = Readout.of(numbers, torch.full((len(raw),), null), LIMIT)
+            excess = FAMILIES[family].excess_nats(torch.full((len(raw),), value), readout)
             answers = (excess, FAMILIES[family].expected(readout))
             assert all(answer.isfinite().all() for answer in answers)
             sum(answer.sum() for answer in answers).backward()
-            assert all(part.grad is None or part.grad.isfinite().all() for part in parts)
+            assert numbers.grad is not None and numbers.grad.isfinite().all()
 
 
 # ---------------------------------------------------------------- intervals

@@ -69,7 +69,7 @@ def parameters(config: BrainloomConfig) -> dict[str, int]:
     latents = config.latents_per_step * width
     return {
         "identity": (config.num_unit_features + 1) * row + row**2 + row * width + len(MODALITIES) * width,
-        "encoder": attention + mlp + patches + samples + latents + 4 * width,  # a null key and three norms
+        "encoder": attention + mlp + patches + samples + latents + 3 * width,  # a null key and two norms
         "trunk": config.num_hidden_layers * (attention + mlp + 2 * width) + width,
         "decoder": attention + mlp + readout + 5 * width,  # a time embedding and four norms
     }

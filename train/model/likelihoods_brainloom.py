@@ -41,28 +41,30 @@ class Readout:
     """What a distribution is made of.
 
     Attributes:
-        location, log_scale, shape, zero_logit: what the model read out; zeros are the null.
+        location, log_std, shape, zero_logit: what the model read out, zeros are the null; `log_std` is the log standard
+            deviation, in those of the train split, within its limit.
         null: of the source. Counts: the train split's mean per bin, positive. Zero-inflated gamma: how far the train
             split's mean lies above physical zero, in standard deviations (mean / scale). Others do not use it.
         rate_limit: largest |log mean - log null mean| of counts and gammas.
     """
 
     location: Tensor
-    log_scale: Tensor
+    log_std: Tensor
     shape: Tensor
     zero_logit: Tensor
     null: Tensor
     rate_limit: float
 
-    @property
-    def log_std(self) -> Tensor:
-        """Log standard deviation, in those of the train split."""
-        return bounded(self.log_scale, LOG_SCALE_LIMIT)
+    @classmethod
+    def of(cls, numbers: Tensor, null: Tensor, rate_limit: float) -> "Readout":
+        """Of numbers (…, NUM_READOUTS) as the model read them out."""
+        location, log_scale, shape, zero_logit = numbers.unbind(-1)
+        return cls(location, bounded(log_scale, LOG_SCALE_LIMIT), shape, zero_logit, null, rate_limit)
 
     def of_null(self) -> "Readout":
         """The null of the same sources; of the same shape, so that the same arithmetic gives the same bits."""
         zero = torch.zeros_like(self.location)
-        return replace(self, location=zero, log_scale=zero, shape=zero, zero_logit=zero)
+        return replace(self, location=zero, log_std=zero, shape=zero, zero_logit=zero)
 
 
 class Likelihood:
@@ -89,11 +91,15 @@ class Poisson(Likelihood):
     """Counts whose variance is their mean."""
 
     def expected(self, readout: Readout) -> Tensor:
-        return self.log_rate(readout).exp()
+        return readout.null * self.growth(readout).exp()
 
     def nll(self, values: Tensor, readout: Readout) -> Tensor:
-        log_rate = self.log_rate(readout)
-        return log_rate.exp() - values * log_rate
+        return self.expected(readout) - values * (readout.null.log() + self.growth(readout))
+
+    def excess_nats(self, values: Tensor, readout: Readout) -> Tensor:
+        """Without the terms that the null has too."""
+        growth = self.growth(readout)
+        return readout.null * torch.expm1(growth) - values * growth
 
     def quantile(self, level: float, readout: Readout) -> Tensor:
         def log_pmf(count: int) -> Tensor:
@@ -102,9 +108,9 @@ class Poisson(Likelihood):
         return count_quantile(level, log_pmf)
 
     @staticmethod
-    def log_rate(readout: Readout) -> Tensor:
-        """Log mean count."""
-        return readout.null.log() + bounded(readout.location, readout.rate_limit)
+    def growth(readout: Readout) -> Tensor:
+        """Log of the mean over that of the null."""
+        return bounded(readout.location, readout.rate_limit)
 
 
 class NegativeBinomial(Poisson):
@@ -112,9 +118,12 @@ class NegativeBinomial(Poisson):
 
     def nll(self, values: Tensor, readout: Readout) -> Tensor:
         log_size = -math.log(NULL_DISPERSION) - bounded(readout.shape, LOG_DISPERSION_LIMIT)
-        size, log_odds = log_size.exp(), self.log_rate(readout) - log_size
+        size, log_odds = log_size.exp(), readout.null.log() + self.growth(readout) - log_size
         choices = torch.lgamma(size) - torch.lgamma(values + size)
         return choices + (values + size) * F.softplus(log_odds) - values * log_odds
+
+    def excess_nats(self, values: Tensor, readout: Readout) -> Tensor:
+        return Likelihood.excess_nats(self, values, readout)
 
 
 class Gaussian(Likelihood):
@@ -166,7 +175,7 @@ class ZeroInflatedGamma(Likelihood):
     """
 
     def expected(self, readout: Readout) -> Tensor:
-        growth = bounded(readout.location, readout.rate_limit).exp()
+        growth = Poisson.growth(readout).exp()
         return self._height(readout) * (2 * torch.sigmoid(-readout.zero_logit) * growth - 1)
 
     def nll(self, values: Tensor, readout: Readout) -> Tensor:
@@ -191,7 +200,7 @@ class ZeroInflatedGamma(Likelihood):
         return readout.null.clamp(min=MIN_HEIGHT) - AT_FLOOR
 
     def _log_mean(self, readout: Readout) -> Tensor:
-        return (2 * self._height(readout)).log() + bounded(readout.location, readout.rate_limit)
+        return (2 * self._height(readout)).log() + Poisson.growth(readout)
 
 
 def normal_quantile(level: float) -> float:

@@ -217,7 +217,7 @@ class BrainloomEncoder(GradientCheckpointingLayer):
             visible,
         )
         loudness_B11 = self._num_seen(source_BN, identity_BSD.shape[1], frame_mask_BF, key_mask_BT).sqrt()
-        x_BLD = latents_BLD + self.o_proj(read) * loudness_B11.to(read.dtype)
+        x_BLD = (latents_BLD + self.o_proj(read).float() * loudness_B11).to(read.dtype)
         out: Tensor = x_BLD + self.mlp(self.post_attention_layernorm(x_BLD))
         return out
 
@@ -479,8 +479,7 @@ class BrainloomForPreTraining(BrainloomPreTrainedModel):
         time_BQP = query_time_s[..., None] + (sample + half_bin_BQ1) * query_sample_s[..., None]
         readouts = interpolate(readout_BSGR, query_source, time_BQP, self.config.readout_hz)
         null_BQ1 = source_null.gather(1, query_source).float()[..., None]
-        location, log_scale, shape, zero_logit = readouts.unbind(-1)
-        readout = Readout(location, log_scale, shape, zero_logit, null_BQ1, self.config.log_rate_limit)
+        readout = Readout.of(readouts, null_BQ1, self.config.log_rate_limit)
         modality_BQ1 = modality_BQ[..., None]
         loss = nats = num_values = None
         if labels is not None and label_mask is not None:
