@@ -167,7 +167,10 @@ class BrainloomProcessor(FeatureExtractionMixin):
         }
 
     def physical(self, predictions: Tensor, query_source: Tensor, keys: list[str]) -> Tensor:
-        """Predictions (1, Q, P) in the units of the recording; `keys` are the sources of all streams in order."""
+        """Predictions, or a bound of their interval (1, Q, P), in the units of the recording.
+
+        `keys` are the sources of all streams in order.
+        """
         rows = self.rows(keys)[query_source]
         mean, scale, modality = (self.units[name][rows][..., None] for name in ("mean", "scale", "modality"))
         return torch.where(modality == 0, predictions, predictions * scale + mean)
