@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -26,11 +27,12 @@ from train_builders import (
 from train import checkpoint, config, evaluate, loop
 from train.build import build_model, model_config
 from train.checkpoint import CheckpointError
-from train.config import RunConfig
+from train.config import FAMILIES, ModelConfig, RunConfig
 from train.dataset import collate
 from train.engine import lr_factor, make_optimizer
 from train.loader import TrainingSamples, batches
 from train.metrics import read_metrics
+from train.sampler import mix
 from train.unit_table import UnitTable
 
 NUM_STEPS = 10
@@ -85,7 +87,9 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> RunConfig:
-    return with_small_threshold(tiny_run(num_steps=NUM_STEPS), tmp_path_factory.mktemp("ds"))
+    tiny = tiny_run(num_steps=NUM_STEPS, families=(*FAMILIES, "forecasting+decoding@0.5"))
+    dropping = replace(tiny, model=ModelConfig(overrides={**tiny.model.overrides, "hidden_dropout": 0.2}))
+    return with_small_threshold(dropping, tmp_path_factory.mktemp("ds"))
 
 
 @pytest.fixture(scope="module")
@@ -115,10 +119,11 @@ def plain_losses(store: Path, run: RunConfig, num_steps: int) -> list[float]:
     result = []
     for step in range(num_steps):
         factor, total = lr_factor(step, run.train), 0.0
-        for _ in range(per_step):
+        for number in range(per_step):
+            torch.manual_seed(mix(run.train.micro_batch_size * (step * per_step + number), run.seed))
             batch = next(feed)
             embeds = table.lookup(batch.pop("unit_rows"))
-            loss = model(unit_embeds=embeds, **batch).loss / per_step
+            loss = model(unit_embeds=embeds, context_s=run.turn(step).context_s, **batch).loss / per_step
             loss.backward()
             table.accumulate()
             total += float(loss.detach())
@@ -173,7 +178,7 @@ def test_a_run_writes_down_what_it_was(two_ranks: Path, run: RunConfig, store: P
     resolved = json.loads((two_ranks / "ds_config.json").read_text())
     assert (resolved["train_batch_size"], resolved["gradient_accumulation_steps"]) == (4, 1)
     rows = read_metrics(two_ranks)
-    assert [row["family"] for row in rows[:5]] == list(run.train.families)
+    assert [row["family"] for row in rows[: len(run.train.families)]] == list(run.train.families)
     assert all(row["tokens_per_s"] > 0 and 0 <= row["data_wait_share"] <= 1 for row in rows)
     found, _ = checkpoint.newest(two_ranks / "checkpoints")
     assert found is not None and found.state()["position"] == NUM_STEPS * run.train.global_batch_size

@@ -11,11 +11,13 @@ from typing import Any
 
 import deepspeed
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from train.build import build_model, whole
 from train.config import OptimConfig, RunConfig, deepspeed_config
 from train.model.modeling_brainloom import BrainloomForPreTraining, BrainloomPreTrainingOutput
+from train.sampler import mix
 from train.unit_table import UnitTable
 
 BETAS = (0.9, 0.95)
@@ -95,7 +97,10 @@ class Engine:
             group["lr"] = self.config.train.lr * factor
         context_s = self.config.turn(step).context_s
         loss, nats, values = torch.zeros(()), torch.zeros(3), torch.zeros(3)
-        for batch in micro_batches:
+        size = self.config.train.micro_batch_size
+        for number, batch in enumerate(micro_batches, dist.get_rank() * len(micro_batches)):
+            # A micro-batch is of the same samples on any number of ranks, and so is what dropout leaves out of it.
+            torch.manual_seed(mix(step * self.config.train.global_batch_size + number * size, self.config.seed))
             output = self.forward(batch, context_s)
             self.deepspeed.backward(output.loss)
             self.table.accumulate()

@@ -37,6 +37,7 @@ class BrainloomConfig(PretrainedConfig):
         readout_hz: times per second at which the latents are read out; between them predictions are interpolated.
         rope_min_period_s, rope_max_period_s: range of the rotary periods in seconds.
         likelihoods: family of each modality's values, of those in LIKELIHOODS; what is not named is the default.
+        hidden_dropout: how often a feature is left out in training: of latents that have read, and of what is read out.
         modality_weights: weight of each modality's nats per observed value in the loss.
         scale_tempering: beta of the beta-NLL, for all but counts: 0 is the likelihood, 1 weighs errors as squares do.
         initializer_range: standard deviation of embeddings at the start.
@@ -65,6 +66,7 @@ class BrainloomConfig(PretrainedConfig):
         rope_min_period_s: float = 0.1,
         rope_max_period_s: float = 60.0,
         likelihoods: dict[str, str] | None = None,
+        hidden_dropout: float = 0.0,
         modality_weights: dict[str, float] | None = None,
         scale_tempering: float = 0.7,
         log_rate_limit: float = 6.0,
@@ -107,6 +109,7 @@ class BrainloomConfig(PretrainedConfig):
         self.rope_min_period_s = rope_min_period_s
         self.rope_max_period_s = rope_max_period_s
         self.likelihoods = chosen
+        self.hidden_dropout = hidden_dropout
         self.scale_tempering = scale_tempering
         self.modality_weights = modality_weights or {"spikes": 20.0, "traces": 6.0, "behavior": 0.5}
         self.log_rate_limit = log_rate_limit

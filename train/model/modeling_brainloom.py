@@ -182,6 +182,7 @@ class BrainloomEncoder(GradientCheckpointingLayer):
         self.o_proj = nn.Linear(size, size, bias=False)
         self.post_attention_layernorm = BrainloomRMSNorm(size, eps)
         self.mlp = BrainloomMLP(config)
+        self.dropout = nn.Dropout(config.hidden_dropout)
 
     def forward(
         self,
@@ -218,7 +219,7 @@ class BrainloomEncoder(GradientCheckpointingLayer):
         )
         loudness_B11 = self._num_seen(source_BN, identity_BSD.shape[1], frame_mask_BF, key_mask_BT).sqrt()
         x_BLD = (latents_BLD + self.o_proj(read).float() * loudness_B11).to(read.dtype)
-        out: Tensor = x_BLD + self.mlp(self.post_attention_layernorm(x_BLD))
+        out: Tensor = self.dropout(x_BLD + self.mlp(self.post_attention_layernorm(x_BLD)))
         return out
 
     def _num_seen(self, source_BN: Tensor, num_sources: int, frame_mask_BF: Tensor, key_mask_BT: Tensor) -> Tensor:
@@ -246,6 +247,7 @@ class BrainloomDecoder(GradientCheckpointingLayer):
         self.post_attention_layernorm = BrainloomRMSNorm(size, eps)
         self.mlp = BrainloomMLP(config)
         self.norm = BrainloomRMSNorm(size, eps)
+        self.dropout = nn.Dropout(config.hidden_dropout)
         self.source_layernorm = BrainloomRMSNorm(size, eps)
         self.readout_proj = BrainloomZeroLinear(size, NUM_READOUTS * size, bias=False)
         self.bias_proj = BrainloomZeroLinear(size, NUM_READOUTS)
@@ -256,7 +258,7 @@ class BrainloomDecoder(GradientCheckpointingLayer):
         angles = rotary_angles(grid_s[None], self.config), rotary_angles(latent_time_s[None], self.config)
         x_BGD = self.time_embed.expand(latents_BLD.shape[0], len(grid_s), -1)
         x_BGD = x_BGD + self.cross_attn(self.layernorm(x_BGD), latents_BLD, *angles)
-        x_BGD = self.norm(x_BGD + self.mlp(self.post_attention_layernorm(x_BGD)))
+        x_BGD = self.dropout(self.norm(x_BGD + self.mlp(self.post_attention_layernorm(x_BGD))))
         source_BSD = self.source_layernorm(identity_BSD)
         weight = self.readout_proj(source_BSD).unflatten(-1, (NUM_READOUTS, -1)) / math.sqrt(x_BGD.shape[-1])
         readout = torch.einsum("bsrd,bgd->bsgr", weight, x_BGD)
