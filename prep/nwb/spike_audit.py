@@ -90,16 +90,20 @@ class _Tally:
     def add(self, time_s: Seconds, unit: Index, stride: int) -> None:
         """Add times (n,) of units (n,), in order of unit; each `stride`-th goes into the sample."""
         finite = np.isfinite(time_s)
-        self.num_not_finite += int((~finite).sum())
-        time_s, unit = time_s[finite], unit[finite]
+        if not finite.all():
+            self.num_not_finite += int((~finite).sum())
+            time_s, unit = time_s[finite], unit[finite]
         if not len(time_s):
             return
         is_minus_one = time_s == -1
-        self.num_minus_one += int(is_minus_one.sum())
-        self.lowest = min(self.lowest, float(time_s[~is_minus_one].min(initial=np.inf)))
-        starts = np.flatnonzero(np.diff(unit, prepend=-1))
+        num_minus_one = int(np.count_nonzero(is_minus_one))
+        self.num_minus_one += num_minus_one
+        others = time_s[~is_minus_one] if num_minus_one else time_s
+        self.lowest = min(self.lowest, float(others.min(initial=np.inf)))
+        is_next = np.diff(unit) != 0
+        starts = np.append(0, np.flatnonzero(is_next) + 1)
         units = unit[starts]
-        self.in_order[unit[1:][(np.diff(time_s) < 0) & (np.diff(unit) == 0)]] = False
+        self.in_order[unit[1:][(np.diff(time_s) < 0) & ~is_next]] = False
         self.in_order[units] &= time_s[starts] >= self.last[units]
         self.count[units] += np.diff(np.append(starts, len(unit)))
         self.first[units] = np.minimum(self.first[units], np.minimum.reduceat(time_s, starts))
@@ -214,15 +218,17 @@ class Extent:
         """Add times (n,) of units (n,), whole or in order; the first `num_old` were added before."""
         if len(time_s) == num_old:
             return
-        back = np.flatnonzero((np.diff(time_s) < 0) & (np.diff(unit) == 0))
+        step_s, is_same_unit = np.diff(time_s), np.diff(unit) == 0
+        back = np.flatnonzero((step_s < 0) & is_same_unit)
         self.num_unsorted += len(np.unique(unit[back]))
         self._add_resets(time_s, unit, back, num_old)
         if len(back):
             order = np.lexsort((time_s, unit))
             time_s, unit = time_s[order], unit[order]
+            step_s, is_same_unit = np.diff(time_s), np.diff(unit) == 0
         self.first_s, self.last_s = min(self.first_s, time_s.min()), max(self.last_s, time_s.max())
         self.num_spikes += len(time_s) - num_old
-        is_same = (np.diff(time_s) == 0) & (np.diff(unit) == 0)
+        is_same = (step_s == 0) & is_same_unit
         self.num_duplicates += int(is_same[max(0, num_old - 1) :].sum())
         time_ns = to_ns(time_s)
         self.num_saturated += num_saturated(time_ns, unit)  # looks back as far as old spikes are given

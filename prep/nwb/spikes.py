@@ -101,6 +101,8 @@ class SpikeTimes:
         return self.in_order is not None and (unit < 0 or bool(self.in_order[unit]))
 
     def _spikes(self, time_s: Seconds, unit: Index) -> tuple[Seconds, Index]:
+        if len(time_s) and self.is_spike(np.array([time_s.min(), time_s.max()])).all():  # as in most blocks
+            return time_s, unit
         keep = self.is_spike(time_s)
         return (time_s, unit) if keep.all() else (time_s[keep], unit[keep])
 
