@@ -44,6 +44,13 @@ def knowing(looks: Looks) -> Iterator[None]:
         _LOOKS.reset(token)
 
 
+def only_look() -> str | None:
+    """The one kind of look that this task takes for others, who do the rest; None where a plan is made."""
+    looks = _LOOKS.get()
+    own = [] if looks is None or not looks.left else [kind for kind in KINDS if kind not in looks.left]
+    return own[0] if len(own) == 1 else None
+
+
 def look(kind: str, function: Callable[..., Result], *args: Any) -> Result:
     """The result of function(*args), which reads nothing but one recording. Raises LeftToOthers where they take it."""
     looks = _LOOKS.get()

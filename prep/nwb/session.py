@@ -11,6 +11,7 @@ from typing import Any
 import h5py
 import numpy as np
 
+from prep.looks import FILMS, LeftToOthers, only_look
 from prep.nwb.behavior import read_behavior
 from prep.nwb.behavior_tables import read_behavior_tables
 from prep.nwb.clocks import read_sync
@@ -48,6 +49,7 @@ READERS = (
     read_stimulus_tables,
     read_trial_events,
 )
+OF_FILMS = (read_stimuli, read_stimulus_tables)
 
 
 class UnusableFile(PrepError):
@@ -104,6 +106,10 @@ def _refuse_by_version(session: Survey) -> None:
 
 def _plan(session: Survey) -> SessionPlan:
     read_sync(session)
+    if only_look() == FILMS:
+        for read in OF_FILMS:
+            read(session)
+        raise LeftToOthers("another task makes the plan")
     drafts = [draft for read in READERS for draft in read(session)]
     intervals = read_intervals(session)
     audit_session(session, drafts)
