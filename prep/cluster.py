@@ -111,14 +111,20 @@ def _page(client: Client) -> str:
 
 
 def _own_processes(workers: int, **more: Any) -> Any:
-    return LocalCluster(
-        n_workers=workers,
-        threads_per_worker=1,
-        processes=True,
-        dashboard_address="127.0.0.1:0",  # None is port 8787, which another ingest may hold
-        silence_logs=logging.CRITICAL,
-        **more,
-    )
+    try:
+        return LocalCluster(
+            n_workers=workers,
+            threads_per_worker=1,
+            processes=True,
+            dashboard_address="127.0.0.1:0",  # None is port 8787, which another ingest may hold
+            silence_logs=logging.CRITICAL,
+            **more,
+        )
+    except RuntimeError as error:  # of Dask, when one of them dies in its first moments
+        raise PrepError(
+            f"the worker processes do not start ({error}). Is there memory left on this machine? "
+            "What is sealed stays. Run the same command again to go on."
+        ) from error
 
 
 def _close(cluster: Any) -> None:

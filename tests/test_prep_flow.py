@@ -147,6 +147,25 @@ def test_workers_that_cannot_be_started_again_end_the_run(monkeypatch: pytest.Mo
             results(alone, (rest, 0.1))
 
 
+def test_workers_that_do_not_start_end_the_run_with_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fails(**_: Any) -> None:
+        raise RuntimeError("Nanny failed to start.")
+
+    monkeypatch.setattr(prep.cluster, "LocalCluster", fails)
+    (tmp_path / "a.nwb").write_text("session=s1")
+    assert main(["ingest", str(tmp_path / "a.nwb"), "--out", str(tmp_path / "store")]) == 1
+    assert (
+        capsys.readouterr()
+        .err.splitlines()[-1]
+        .endswith(
+            "the worker processes do not start (Nanny failed to start.). Is there memory left on this machine? "
+            "What is sealed stays. Run the same command again to go on."
+        )
+    )
+
+
 def test_patience_is_a_number_of_minutes(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["ingest", "/nope", "--out", "x", "--patience", "0"]) == 2
     assert "--patience 0: expected minutes, more than 0." in capsys.readouterr().err
