@@ -15,6 +15,7 @@ from pathlib import Path
 from train.build import model_config
 from train.config import RunConfig, load
 from train.model.configuration_brainloom import MODALITIES, BrainloomConfig
+from train.model.history_brainloom import NUM_SUMS
 from train.model.likelihoods_brainloom import NUM_READOUTS
 
 PARTS = ("identity", "encoder", "trunk", "decoder")
@@ -65,7 +66,7 @@ def parameters(config: BrainloomConfig) -> dict[str, int]:
     attention, mlp = 4 * width**2 + 3 * head, 3 * width * inner
     patches = (config.patch_size**2 + 1) * width + width**2 + config.num_patches * width
     readout = width * width * NUM_READOUTS + (width + 1) * NUM_READOUTS
-    samples = config.samples_per_token * width
+    samples = (config.samples_per_token + NUM_SUMS) * width
     latents = config.latents_per_step * width
     return {
         "identity": (config.num_unit_features + 1) * row + row**2 + row * width + len(MODALITIES) * width,
@@ -89,7 +90,7 @@ def products(config: BrainloomConfig, shape: Shape) -> dict[str, list[Product]]:
             Product(sources, row, width),
         ],
         "encoder": [
-            Product(shape.tokens, config.samples_per_token, width, learns=False),
+            Product(shape.tokens, config.samples_per_token + NUM_SUMS, width, learns=False),
             Product(patches, config.patch_size**2, width, learns=False),
             Product(patches, width, width),
             *(Product(*sizes) for sizes in square),  # queries and output, keys, gates

@@ -9,8 +9,8 @@ a source's own readout, made from its identity, turns them into its prediction (
 Sinz 2018), so that asking for every unit at every time costs next to nothing. Runs under transformers 4.57 and 5.
 
 Shape suffixes: B batch, N visible tokens, Q queries, S sources, F frames, M patches of a frame, P samples per token,
-L latents, G times of the readout grid, R numbers of a readout, D hidden_size, E unit_embed_size, H heads,
-C channels of a head, T keys.
+V numbers of a token, L latents, G times of the readout grid, R numbers of a readout, D hidden_size,
+E unit_embed_size, H heads, C channels of a head, T keys.
 """
 
 import math
@@ -36,6 +36,7 @@ from .attention_brainloom import (
     rotate,
 )
 from .configuration_brainloom import MODALITIES, BrainloomConfig
+from .history_brainloom import NUM_SUMS, own_history
 from .likelihoods_brainloom import NUM_READOUTS, Likelihoods, Readout, sum_by_modality
 
 SPIKES, TRACES, BEHAVIOR, STIMULUS = range(len(MODALITIES))
@@ -173,7 +174,7 @@ class BrainloomEncoder(GradientCheckpointingLayer):
         self.q_proj = nn.Linear(size, size, bias=False)
         self.k_proj = nn.Linear(size, size, bias=False)
         self.gate_proj = nn.Linear(size, size, bias=False)
-        self.value_proj = nn.Linear(config.samples_per_token, size, bias=False)
+        self.value_proj = nn.Linear(config.samples_per_token + NUM_SUMS, size, bias=False)
         self.patches = BrainloomPatches(config)
         self.null_key = nn.Parameter(torch.zeros(1, size))
         self.q_norm = BrainloomRMSNorm(self.heads[1], eps)
@@ -188,7 +189,7 @@ class BrainloomEncoder(GradientCheckpointingLayer):
         self,
         latents_BLD: Tensor,
         identity_BSD: Tensor,
-        values_BNP: Tensor,
+        values_BNV: Tensor,
         source_BN: Tensor,
         pixels_BFHW: Tensor,
         frame_mask_BF: Tensor,
@@ -202,7 +203,7 @@ class BrainloomEncoder(GradientCheckpointingLayer):
         """
         source_BSD = self.source_layernorm(identity_BSD)
         gate_BND = take_sources(1 + self.gate_proj(source_BSD), source_BN)
-        content_BND = self.value_proj(values_BNP) * gate_BND
+        content_BND = self.value_proj(values_BNV) * gate_BND
         patch_content, place = self.patches(pixels_BFHW, frame_mask_BF)
         null = self.null_key.expand(latents_BLD.shape[0], -1, -1)
         key_BSD, key_place, key_null = (self._keys(x) for x in (source_BSD, place, null))
@@ -391,6 +392,7 @@ class BrainloomModel(BrainloomPreTrainedModel):
         frame_time = torch.where(frame_mask, frame_time_s, 0.0).repeat_interleave(num_patches, dim=1)
         key_time = torch.cat([token_time.new_zeros(batch, 1), token_time, frame_time], dim=1)
         length_s = self.config.context_s if context_s is None else context_s
+        history = own_history(values_BNP, input_source, token_time, identity_BSD.shape[1], length_s)
         grid_s = time_grid(length_s, self.config.latent_hz, input_mask.device)
         latents = self.latent_embed.repeat(len(grid_s), 1)
         latent_time_s = grid_s.repeat_interleave(self.config.latents_per_step)
@@ -398,7 +400,7 @@ class BrainloomModel(BrainloomPreTrainedModel):
         x_BLD = self.encoder(
             latents.expand(batch, -1, -1),
             identity_BSD,
-            values_BNP,
+            torch.cat([values_BNP, history], dim=-1),
             input_source,
             pixels,
             frame_mask,
