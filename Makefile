@@ -13,10 +13,10 @@ HOSTFILE ?= hostfiles/cluster
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-all bench check lint prep inspect verify report hostfile train eval audit export push campaign
+.PHONY: help install demo test test-all bench bench-science check lint prep inspect verify report hostfile train eval audit export push campaign
 
 help:  ## print this list
-	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-13s %s\n", $$1, $$2}'
 
 install: .venv/installed  ## create .venv from constraints.txt (every other target does it when needed)
 
@@ -42,6 +42,9 @@ test-all: .venv/installed  ## every test, the slow ones too
 
 bench: .venv/installed  ## prep against the limit and its peers -> tests/bench/RESULTS.md (half an hour, 10 GB of temporary files)
 	$(PY) -W ignore tests/bench/run.py $(ARGS)
+
+bench-science: .venv/installed  ## Brainloom on real recordings beside regressions, networks and POYO -> tests/bench/RESULTS.md (an hour)
+	$(PY) -W ignore tests/bench/science/run.py $(ARGS)
 
 lint: .venv/installed  ## ruff and mypy
 	$(BIN)/ruff check .
