@@ -30,6 +30,7 @@ from prep.worker_jobs import Workforce, remembering
 
 CONNECT_S = 20
 LOOK_S = 0.25  # how often the watch looks
+WAKE = signal.SIGUSR1  # not SIGINT, which whatever a script runs in the background has ignored
 WAITING_S = 30.0  # how often it says that there is no worker
 CLOSE_S = 30.0
 GONE_S = 120.0  # without a worker, where they are processes of this machine that are started again at once
@@ -268,6 +269,7 @@ class _Watch:
     @contextlib.contextmanager
     def over(self) -> Iterator[None]:
         """Watch over a block, which the main thread runs."""
+        before = signal.signal(WAKE, signal.default_int_handler)
         thread = threading.Thread(target=self._look, name="watch", daemon=True)
         thread.start()
         try:
@@ -277,6 +279,7 @@ class _Watch:
                 with self.lock:
                     self.end.set()
                 thread.join()
+                signal.signal(WAKE, before)
                 self.problem = self.problem or self._lost()
         except (Exception, KeyboardInterrupt) as error:  # futures of a lost scheduler end in errors of many kinds
             if self.problem:
@@ -293,7 +296,7 @@ class _Watch:
             with self.lock:
                 if problem and not self.end.is_set():
                     self.problem = problem
-                    signal.pthread_kill(self.main, signal.SIGINT)  # wakes it from whatever it waits for
+                    signal.pthread_kill(self.main, WAKE)  # wakes it from whatever it waits for
                     return
             now = time.monotonic()
             if self.client.scheduler_info(n_workers=-1)["workers"]:

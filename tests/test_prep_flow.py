@@ -139,6 +139,15 @@ def test_workers_come_back_however_often_they_die(tmp_path: Path) -> None:
         assert results(alone, (rest, 15.0), (rest, 0.1)) == ["rested", "rested"]
 
 
+@pytest.fixture(params=[signal.default_int_handler, signal.SIG_IGN], ids=["heard", "ignored"])
+def interrupts(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Ctrl-C as a terminal has it, and as a script's background has it."""
+    before = signal.signal(signal.SIGINT, request.param)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("interrupts")
 def test_workers_that_cannot_be_started_again_end_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(prep.cluster, "GONE_S", 1.0)
     with pytest.raises(PrepError, match=r"no worker for 1 s: the worker processes end, and cannot be started again"):
