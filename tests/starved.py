@@ -7,10 +7,12 @@ import contextlib
 import os
 import re
 import subprocess
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 GROUPS = Path("/sys/fs/cgroup")
+EMPTY_S = 60.0
 
 
 @contextlib.contextmanager
@@ -50,6 +52,17 @@ class Memory:
         )  # fmt: skip
         return int(found.group(1)) if found else 0
 
+    def remove(self) -> None:
+        """Take the group away; a process that was killed is in it until the kernel has cleared its memory."""
+        deadline = time.monotonic() + EMPTY_S
+        while True:
+            try:
+                return self.folder.rmdir()
+            except OSError:
+                if time.monotonic() > deadline:
+                    raise
+                time.sleep(0.05)
+
 
 @contextlib.contextmanager
 def memory_of(name: str, limit_mb: float) -> Iterator[Memory | None]:
@@ -61,4 +74,4 @@ def memory_of(name: str, limit_mb: float) -> Iterator[Memory | None]:
     try:
         yield memory
     finally:
-        memory.folder.rmdir()
+        memory.remove()
