@@ -85,6 +85,7 @@ def test_a_hub_folder_has_all_that_a_stranger_needs(hub: Path, trained: Trained)
         "attention_brainloom.py",
         "config.json",
         "configuration_brainloom.py",
+        "history_brainloom.py",
         "likelihoods_brainloom.py",
         "model.safetensors",
         "modeling_brainloom.py",

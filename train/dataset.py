@@ -18,7 +18,7 @@ from prep.store import Session, Store
 from train.config import DataConfig
 from train.masking import Mask, TokenTable
 from train.model.configuration_brainloom import BrainloomConfig
-from train.model.processing_brainloom import middle, standard_pixels, standardise
+from train.model.processing_brainloom import middle, source_null, standard_pixels, standardise
 from train.sources import SourceTable, token_streams
 
 Array = npt.NDArray[Any]
@@ -299,7 +299,7 @@ def make_sample(
         "unit_rows": pad(sources.row, shape.num_sources, -1),
         "unit_features": pad(sources.features, shape.num_sources),
         "source_modality": pad(sources.modality, shape.num_sources),
-        "source_null": pad(sources.mean * (sources.modality == 0) + (sources.modality != 0), shape.num_sources, 1.0),
+        "source_null": pad(source_null(sources.modality, sources.mean, sources.scale), shape.num_sources, 1.0),
         "input_values": pad(window.values[inputs], shape.num_inputs),
         "input_observed": pad(window.observed[inputs], shape.num_inputs),
         "input_source": pad(tokens.source[inputs], shape.num_inputs),
