@@ -92,7 +92,10 @@ def test_a_forecast_sees_nothing_at_or_after_the_cut(windows: dict[str, Window],
         assert not (crossing & (mask.visible | mask.asked)).any()
     for mask in drawn(windows[session], "forecasting"):
         assert tokens.stop_s[mask.visible].max() <= tokens.start_s[mask.asked].min() + 1e-9
-        assert FORECAST_FROM[0] - 0.1 <= tokens.stop_s[mask.visible].max() <= FORECAST_FROM[1] + 1e-9
+        last_s = tokens.stop_s[mask.visible].max()
+        assert FORECAST_FROM[0] - 1e-9 <= last_s <= FORECAST_FROM[1] + 1e-9
+        following = np.isclose(tokens.start_s, last_s) & is_activity(tokens)
+        assert following.any() and mask.asked[following].all()  # what comes next is asked for
 
 
 def test_a_token_that_crosses_the_cut_is_neither_seen_nor_asked() -> None:

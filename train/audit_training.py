@@ -19,7 +19,7 @@ from train.config import Family
 from train.dataset import Window, WindowReader, collate
 from train.evaluate import Trained
 from train.loader import TrainingSamples
-from train.masking import FORECAST_FROM, STIMULUS_DROP, Mask, is_activity
+from train.masking import STIMULUS_DROP, Mask, cuts, is_activity
 from train.model.processing_brainloom import middle
 
 NUM_SAMPLES = 8
@@ -138,10 +138,7 @@ def chance_of_same(family: Family, window: Window, context_s: float) -> float:
     if family == "co_smoothing":
         return 1 / max(1, len(np.unique(window.tokens.source[activity])))
     if family == "forecasting":
-        first_s, stop_s = (share * context_s for share in FORECAST_FROM)
-        edges = np.concatenate([window.tokens.start_s[activity], window.tokens.stop_s[activity]])
-        inside = np.unique([first_s, *edges[(edges > first_s) & (edges < stop_s)].round(6), stop_s])
-        return float(((np.diff(inside) / (stop_s - first_s)) ** 2).sum())
+        return 1 / max(1, len(cuts(window.tokens.stop_s[activity], context_s)))
     if family == "encoding":
         return STIMULUS_DROP**2 + (1 - STIMULUS_DROP) ** 2 if len(window.pixels) else 1.0
     return 1.0 if family == "decoding" or not len(window.values) else 0.58

@@ -85,13 +85,26 @@ def _draw_one(family: str, tokens: TokenTable, context_s: float, chance: np.rand
         hidden = chance.permutation(units)[: max(1, round(share * len(units)))]
         return co_smoothing(tokens, hidden)
     if family == "forecasting":
-        return forecasting(tokens, context_s * chance.uniform(*FORECAST_FROM))
+        possible_s = cuts(tokens.stop_s[activity], context_s)
+        drawn_s = chance.choice(possible_s) if len(possible_s) else context_s * chance.uniform(*FORECAST_FROM)
+        return forecasting(tokens, float(drawn_s))
     if family == "encoding":
         return encoding(tokens, behavior=True, stimulus=bool(chance.random() >= STIMULUS_DROP))
     if family == "decoding":
         return Mask(activity, tokens.modality == BEHAVIOR, frames=False)
     asked = inpainting_blocks(tokens, context_s, chance)
     return Mask(~asked, asked, frames=True)
+
+
+def cuts(stop_s: npt.NDArray[np.float64], context_s: float) -> npt.NDArray[np.float64]:
+    """Where a forecast may begin in training: where a token ends.
+
+    A token across the cut would be neither seen nor asked for, and what comes next would never be learned.
+    """
+    earliest_s, latest_s = (share * context_s for share in FORECAST_FROM)
+    inside = (stop_s >= earliest_s - 1e-9) & (stop_s <= latest_s + 1e-9)
+    borders_s: npt.NDArray[np.float64] = np.unique(stop_s[inside].round(9))
+    return borders_s
 
 
 def is_activity(tokens: TokenTable) -> Bools:
