@@ -31,7 +31,7 @@ from prep.write_session import (
 )
 
 ShardRun = tuple[str, int, int, int]  # shards of a stream that one task writes: in words, stream, first, stop
-LARGE_BYTES = 256 * 2**20  # resident
+LARGE_BYTES = 128 * 2**20  # resident
 CHANGED = "the file changed while it was being read. Run the same `make prep` again."
 Stamps = tuple[tuple[Path, int, int], ...]  # size and time of change of each local file, before it was read
 Sources = tuple[tuple[Source, ...], Stamps]

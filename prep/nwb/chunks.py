@@ -143,6 +143,14 @@ def _num_beside(data: h5py.Dataset) -> int:
     return math.prod(-(-length // size) for length, size in sizes)
 
 
+def _num_kept(data: h5py.Dataset) -> int:
+    """Chunks to hold: all, else two rows of them; where not even one row fits, most wait in files anyway: half."""
+    if data.nbytes <= KEPT_BYTES:
+        return sys.maxsize
+    beside, size = _num_beside(data), _num_bytes(data)
+    return 2 * beside if beside * size <= KEPT_BYTES else max(1, KEPT_BYTES // 2 // size)
+
+
 def _corners(data: h5py.Dataset, first: int, stop: int) -> list[tuple[int, ...]]:
     """Where the chunks begin that rows [first, stop) lie in."""
     begins = [range(0, length, size) for length, size in zip(data.shape, data.chunks, strict=True)]
@@ -164,7 +172,7 @@ def _part(data: h5py.Dataset, corner: tuple[int, ...], rows: slice) -> Array:
         return np.fromfile(_KEPT.spilled[key], data.dtype, **place).reshape(-1, *data.chunks[1:])
     chunk = _decoded(data, corner)
     if _KEPT.depth:
-        _KEPT.keep(key, chunk, sys.maxsize if data.nbytes <= KEPT_BYTES else 2 * _num_beside(data))
+        _KEPT.keep(key, chunk, _num_kept(data))
     return chunk[rows]
 
 
