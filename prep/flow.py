@@ -36,6 +36,7 @@ class Task:
     homes: set[str] = field(default_factory=set)  # workers that have its result, or need it
     num_deaths: int = 0  # of workers that had it
     is_dropped: bool = False
+    is_fetched: bool = True  # else its result goes to other tasks only, and `on_done` gets None
 
 
 class Flow:
@@ -85,7 +86,8 @@ class Flow:
             self.landed.add(future)
             return
         try:
-            result = None if future.status == "error" or task.is_dropped else self._fetched(task)
+            is_wanted = task.is_fetched and not task.is_dropped and future.status != "error"
+            result = self._fetched(task) if is_wanted else None
         except TimeoutError:  # its worker died before the result had left it: `_look` will see that
             self.landed.add(future)
             return

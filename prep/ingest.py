@@ -26,7 +26,7 @@ from prep.flow import Flow, Task
 from prep.frames import num_stimulus_shards, stimulus_folder
 from prep.ingest_report import Outcome, print_table, write_failures
 from prep.jobs import Job, Look, StimulusJob, batched, is_large, is_small, joined, named, shard_runs
-from prep.looks import KINDS, Looks
+from prep.looks import KINDS
 from prep.mirror import Mirror, destination
 from prep.patience import PATIENCE_S
 from prep.plan import PlannedStimulus, SessionPlan
@@ -86,7 +86,7 @@ class Run:
 
     def submit(self, on_done: Callable[[Any], None], where: str, function: Callable[..., Any], *args: Any) -> Task:
         """Queue a task; `on_done` gets its result, or a Failed."""
-        task = Task(where, on_done, function, args)
+        task = Task(where, on_done, function, args, is_fetched=function is not look_ahead_task)
         if function in (plan_task, look_task, look_ahead_task, source_task):
             self.flow.later.append(task)
         elif function in (finish_task, stimulus_task):  # what is whole is sealed before anything new is begun
@@ -124,9 +124,9 @@ class Run:
         looks: dict[str, Task] = {}
         waiting = set(KINDS)
 
-        def looked(kind: str, result: Looks | Failed) -> None:
+        def looked(kind: str, result: Failed | None) -> None:
             waiting.discard(kind)
-            if isinstance(result, Failed):
+            if result is not None:  # nobody has found anything: workers died of it
                 self._planned(job, result)
             elif not waiting and not job.is_over:
                 args = (plan_by_looks_task, planner, job.file, recipe, *looks.values())

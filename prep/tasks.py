@@ -175,10 +175,13 @@ def look_ahead_task(planner: Planner, file: InputFile, recipe: Any, root: Path, 
     return looks
 
 
-def plan_by_looks_task(planner: Planner, file: InputFile, recipe: Any, *ahead: Looks) -> Planned:
+def plan_by_looks_task(planner: Planner, file: InputFile, recipe: Any, *ahead: Looks | Failed) -> Planned | Failed:
     """The plan of a file by what other tasks have found; its sources are for `source_task` to tell."""
-    started, stamps = time.monotonic(), _stamps(file.paths)
-    found = {key: value for looks in ahead for key, value in looks.found.items()}
+    started, stamps, found = time.monotonic(), _stamps(file.paths), {}
+    for looks in ahead:
+        if isinstance(looks, Failed):
+            return looks
+        found.update(looks.found)
     with knowing(Looks(stamp=stamps, found=found)):
         plan = planner(file.paths, recipe, file.dataset_id)
     check(plan)

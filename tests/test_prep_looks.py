@@ -83,11 +83,16 @@ def test_a_plan_by_what_others_have_found_is_the_plan_and_looks_at_nothing_again
     ):  # fmt: skip
         monkeypatch.setattr(module, name, again)
     planned = plan_by_looks_task(plan_from_nwb, file, Recipe(), *ahead)
-    assert planned.plan is not None and planned.sources == ()
+    assert isinstance(planned, Planned) and planned.plan is not None and planned.sources == ()
     for name in ("coverage", "findings", "splits", "session_id"):
         assert getattr(planned.plan, name) == getattr(whole, name)
     assert [stimulus.digest for stimulus in planned.plan.stimuli] == [stimulus.digest for stimulus in whole.stimuli]
     assert np.array_equal(planned.plan.units.spike_features, whole.units.spike_features, equal_nan=True)
+
+
+def test_what_goes_wrong_with_a_look_is_what_the_plan_says() -> None:
+    failed = Failed("", "the decoder has a fault")
+    assert plan_by_looks_task(plan_from_nwb, InputFile((), "s1.nwb", "d1"), Recipe(), Looks(stamp=()), failed) == failed
 
 
 def ingested(client: Client, source: Path, store: Path, num_workers: int) -> list[tuple[str, str]]:
