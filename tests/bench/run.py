@@ -1,10 +1,11 @@
 """The benchmark of prep: against the limit, against peers, by phase, by workers, by length, over many small sessions.
 
 In: `--only` some of it, sizes. Out: tables on stdout; a whole run writes RESULTS.md. Each piece of work runs in a
-process of its own on one thread; CPU seconds are user + system of that process, imports left out; best of `--repeat`.
+process of its own on one thread; CPU seconds are user + system of that process, imports left out; the best of several.
 """
 
 import argparse
+import contextlib
 import datetime
 import os
 import platform
@@ -12,7 +13,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
@@ -26,7 +27,7 @@ sys.path[:0] = [str(HERE), str(ROOT)]
 
 from make_nwb import Size, cache, recording  # noqa: E402
 from measure import Cost, run, run_command  # noqa: E402
-from peers.environment import PEERS, interpreter  # noqa: E402
+from peers.environment import PEERS, TORCH_BRAIN, interpreter  # noqa: E402
 from sessions import small_sessions  # noqa: E402
 
 from prep.cluster import KEPT_BYTES, MALLOC  # noqa: E402
@@ -45,8 +46,16 @@ class Results:
 
     args: argparse.Namespace
     lines: list[str] = field(default_factory=list)
-    limit: Cost | None = None
-    prep: Cost | None = None
+    turns: dict[str, list[Cost]] = field(default_factory=dict)
+
+    def turn(self, name: str, cost: Cost) -> None:
+        """Keep what one of the contestants took."""
+        self.turns.setdefault(name, []).append(cost)
+
+    def over(self, name: str) -> float:
+        """CPU seconds of prep over those of another, in the middle one of all turns."""
+        pairs = zip(self.turns["prep"], self.turns[name], strict=True)
+        return float(np.median([own.cpu_s / other.cpu_s for own, other in pairs]))
 
     def say(self, *lines: str) -> None:
         """Add lines, and show them at once."""
@@ -90,29 +99,45 @@ def warm(path: Path) -> None:
             pass
 
 
-def best(times: int, measure: Callable[[], Cost]) -> Cost:
+def least(costs: Iterable[Cost]) -> Cost:
     """The run with the fewest CPU seconds: other work on the machine only ever adds."""
-    return min((measure() for _ in range(times)), key=lambda cost: cost.cpu_s)
+    return min(costs, key=lambda cost: cost.cpu_s)
 
 
 # ---------------------------------------------------------------- the sections
 
 
+def in_turns(results: Results) -> dict[str, list[Cost]]:
+    """The limit, prep and torch-brain in turns, since machines change their speed within minutes; measured once."""
+    if not results.turns:
+        path = recording(Size(minutes=results.args.minutes, scale=results.args.scale))
+        warm(path)
+        of_peer = {}
+        with contextlib.suppress(subprocess.CalledProcessError):  # pip failed, as `bench_peers` will say
+            of_peer = {"python": interpreter(TORCH_BRAIN)} if "peers" in results.args.only else {}
+        for _ in range(results.args.turns):
+            results.turn("limit", run(HERE / "limit.py", path, fresh("limit")))
+            results.turn("prep", run(HERE / "prep_once.py", path, fresh("prep"), **WORKER))
+            if of_peer:
+                results.turn(TORCH_BRAIN.name, run(HERE / "peers" / TORCH_BRAIN.script, path, fresh("peer"), **of_peer))
+    return results.turns
+
+
 def bench_limit(results: Results) -> None:
     """The shortest code that does the work."""
+    turns = in_turns(results)
     path = recording(Size(minutes=results.args.minutes, scale=results.args.scale))
-    warm(path)
-    results.limit = best(results.args.repeat, lambda: run(HERE / "limit.py", path, fresh("limit")))
     results.say("## The limit", "")
     results.say(f"`python tests/bench/limit.py {path.name} OUT`; {path.stat().st_size / 1e6:,.0f} MB.", "")
-    _costs(results, [("limit", results.limit)])
+    results.say(f"{', '.join(turns)} are measured in turns, {results.args.turns} times; the best of each is shown.")
+    results.say("Their ratios are medians over the turns: a machine's speed changes, for all of a turn alike.", "")
+    _costs(results, [("limit", least(turns["limit"]))])
 
 
 def bench_prep(results: Results) -> None:
     """prep as one process without Dask, by phase."""
     path = recording(Size(minutes=results.args.minutes, scale=results.args.scale))
-    warm(path)
-    cost = results.prep = best(results.args.repeat, lambda: run(HERE / "prep_once.py", path, fresh("prep"), **WORKER))
+    cost = least(in_turns(results)["prep"])
     results.say("## prep, one process", "", f"`python tests/bench/prep_once.py {path.name} OUT`, with", "")
     results.say(
         f"`{' '.join(f'{name}={value}' for name, value in WORKER.items())}`, as prep sets them for its workers.", ""
@@ -123,9 +148,8 @@ def bench_prep(results: Results) -> None:
     rows = [(name, seconds, f"{seconds / cost.cpu_s:.0%}") for name, seconds in cost.parts.items()]
     results.table(("phase", "CPU s", "share"), [*rows, ("the rest", rest, f"{rest / cost.cpu_s:.0%}")])
     results.verdict("peak memory of one process", cost.peak_mb, MAX_PEAK_MB, unit=" MB")
-    if results.limit is not None:
-        results.say(f"The arrays of the two stores are equal: {', '.join(equal_arrays())}.", "")
-        results.verdict("prep over the limit, CPU", cost.cpu_s / results.limit.cpu_s, MAX_OVER_LIMIT, unit="x")
+    results.say(f"The arrays of the two stores are equal: {', '.join(equal_arrays())}.", "")
+    results.verdict("prep over the limit, CPU", results.over("limit"), MAX_OVER_LIMIT, unit="x")
 
 
 def equal_arrays() -> list[str]:
@@ -206,29 +230,28 @@ def bench_peers(results: Results) -> None:
     """Other tools on the same recording, each in its own environment."""
     path = recording(Size(minutes=results.args.minutes, scale=results.args.scale))
     warm(path)
+    turns = {name: least(costs) for name, costs in in_turns(results).items()}
+    unfair = {"limit": "", "prep": "", TORCH_BRAIN.name: TORCH_BRAIN.unfair}
     rows: list[tuple[Any, ...]] = [
-        (name, cost.cpu_s, cost.wall_s, cost.peak_mb, "")
-        for name, cost in (("limit", results.limit), ("prep", results.prep))
-        if cost is not None
+        (name, cost.cpu_s, cost.wall_s, cost.peak_mb, unfair[name]) for name, cost in turns.items()
     ]
     for peer in PEERS:
+        if peer.name in turns:
+            continue
         try:
             python = interpreter(peer)
         except subprocess.CalledProcessError as error:
             why = (str(error.stderr).strip().splitlines() or ["pip failed"])[-1]
             rows.append((peer.name, "-", "-", "-", f"cannot be installed here: {why[:200]}"))
             continue
-        cost = best(
-            results.args.repeat,
-            lambda: run(HERE / "peers" / peer.script, path, fresh("peer"), *peer.args, python=python),  # noqa: B023
-        )
+        command = (HERE / "peers" / peer.script, path)
+        cost = least(run(*command, fresh("peer"), *peer.args, python=python) for _ in range(results.args.repeat))
         rows.append((peer.name, cost.cpu_s, cost.wall_s, cost.peak_mb, peer.unfair))
     results.say("## Peers, one process, the same recording", "")
     results.say("Scripts in `tests/bench/peers/`; the environments are made by pip, one for each.", "")
     results.table(("what", "CPU s", "wall s", "peak MB", "what is unfair in it"), rows)
-    torch_brain = rows[-len(PEERS)][1]
-    if results.prep is not None and isinstance(torch_brain, float):
-        results.verdict("prep against torch-brain's HDF5, CPU", results.prep.cpu_s / torch_brain, 1.0, unit="x")
+    if TORCH_BRAIN.name in turns:
+        results.verdict("prep against torch-brain's HDF5, CPU", results.over(TORCH_BRAIN.name), 1.0, unit="x")
 
 
 def bench_sessions(results: Results) -> None:
@@ -283,6 +306,7 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=30.0, help="length of the recording (%(default)s)")
     parser.add_argument("--scale", type=float, default=1.0, help="of its units, ROIs and frames (%(default)s)")
     parser.add_argument("--sessions", type=int, default=500, help="number of small sessions (%(default)s)")
+    parser.add_argument("--turns", type=int, default=5, help="of the limit, prep and torch-brain (%(default)s)")
     parser.add_argument("--repeat", type=int, default=2, help="runs of which the best counts (%(default)s)")
     results = Results(parser.parse_args())
     began = time.monotonic()

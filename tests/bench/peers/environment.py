@@ -30,14 +30,15 @@ class Peer:
 
 
 ZARR = ("zarr==3.1.6", "zarrs==0.2.3", "h5py==3.16.0", "google-crc32c==1.9.0")
+TORCH_BRAIN = Peer(
+    name="torch-brain 0.2.1, HDF5",
+    requirements=("torch-brain==0.2.1",),
+    script="torch_brain_hdf5.py",
+    unfair="keeps spike times (float64, unit index) instead of bins; no audit, digests, statistics or bound on "
+    "memory; spike times in bulk, which its own helper does not do (unit by unit, Python lists)",
+)
 PEERS = (
-    Peer(
-        name="torch-brain 0.2.1, HDF5",
-        requirements=("torch-brain==0.2.1",),
-        script="torch_brain_hdf5.py",
-        unfair="keeps spike times (float64, unit index) instead of bins; no audit, digests, statistics or bound on "
-        "memory; spike times in bulk, which its own helper does not do (unit by unit, Python lists)",
-    ),
+    TORCH_BRAIN,
     Peer(
         name="pynapple 0.11.4, reading alone",
         requirements=("pynapple==0.11.4",),
