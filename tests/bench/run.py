@@ -28,6 +28,7 @@ sys.path[:0] = [str(HERE), str(ROOT)]
 from make_nwb import Size, cache, recording  # noqa: E402
 from measure import Cost, run, run_command  # noqa: E402
 from peers.environment import PEERS, TORCH_BRAIN, interpreter  # noqa: E402
+from science.results import write_section  # noqa: E402
 from sessions import small_sessions  # noqa: E402
 
 from prep.cluster import KEPT_BYTES, MALLOC  # noqa: E402
@@ -316,7 +317,7 @@ def main() -> None:
             globals()[f"bench_{section}"](results)
     if set(results.args.only) == set(SECTIONS):
         results.say(f"The run took {(time.monotonic() - began) / 60:.0f} minutes.")
-        (HERE / "RESULTS.md").write_text("\n".join(results.lines) + "\n", encoding="utf-8")
+        write_section(HERE / "RESULTS.md", "make bench", "\n".join(results.lines))
 
 
 if __name__ == "__main__":
