@@ -9,7 +9,7 @@ a source's own readout, made from its identity, turns them into its prediction (
 Sinz 2018), so that asking for every unit at every time costs next to nothing. Runs under transformers 4.57 and 5.
 
 Shape suffixes: B batch, N visible tokens, Q queries, S sources, F frames, M patches of a frame, P samples per token,
-V numbers of a token, L latents, G times of the readout grid, R numbers of a readout, D hidden_size,
+V sums of its history, L latents, G times of the readout grid, R numbers of a readout, D hidden_size,
 E unit_embed_size, H heads, C channels of a head, T keys.
 """
 
@@ -174,7 +174,8 @@ class BrainloomEncoder(GradientCheckpointingLayer):
         self.q_proj = nn.Linear(size, size, bias=False)
         self.k_proj = nn.Linear(size, size, bias=False)
         self.gate_proj = nn.Linear(size, size, bias=False)
-        self.value_proj = nn.Linear(config.samples_per_token + NUM_SUMS, size, bias=False)
+        self.value_proj = nn.Linear(config.samples_per_token, size, bias=False)
+        self.history_proj = BrainloomZeroLinear(NUM_SUMS, size, bias=False)  # silent until it helps
         self.patches = BrainloomPatches(config)
         self.null_key = nn.Parameter(torch.zeros(1, size))
         self.q_norm = BrainloomRMSNorm(self.heads[1], eps)
@@ -189,7 +190,8 @@ class BrainloomEncoder(GradientCheckpointingLayer):
         self,
         latents_BLD: Tensor,
         identity_BSD: Tensor,
-        values_BNV: Tensor,
+        values_BNP: Tensor,
+        history_BNV: Tensor,
         source_BN: Tensor,
         pixels_BFHW: Tensor,
         frame_mask_BF: Tensor,
@@ -203,7 +205,7 @@ class BrainloomEncoder(GradientCheckpointingLayer):
         """
         source_BSD = self.source_layernorm(identity_BSD)
         gate_BND = take_sources(1 + self.gate_proj(source_BSD), source_BN)
-        content_BND = self.value_proj(values_BNV) * gate_BND
+        content_BND = (self.value_proj(values_BNP) + self.history_proj(history_BNV)) * gate_BND
         patch_content, place = self.patches(pixels_BFHW, frame_mask_BF)
         null = self.null_key.expand(latents_BLD.shape[0], -1, -1)
         key_BSD, key_place, key_null = (self._keys(x) for x in (source_BSD, place, null))
@@ -392,7 +394,6 @@ class BrainloomModel(BrainloomPreTrainedModel):
         frame_time = torch.where(frame_mask, frame_time_s, 0.0).repeat_interleave(num_patches, dim=1)
         key_time = torch.cat([token_time.new_zeros(batch, 1), token_time, frame_time], dim=1)
         length_s = self.config.context_s if context_s is None else context_s
-        history = own_history(values_BNP, input_source, token_time, identity_BSD.shape[1], length_s)
         grid_s = time_grid(length_s, self.config.latent_hz, input_mask.device)
         latents = self.latent_embed.repeat(len(grid_s), 1)
         latent_time_s = grid_s.repeat_interleave(self.config.latents_per_step)
@@ -400,7 +401,8 @@ class BrainloomModel(BrainloomPreTrainedModel):
         x_BLD = self.encoder(
             latents.expand(batch, -1, -1),
             identity_BSD,
-            torch.cat([values_BNP, history], dim=-1),
+            values_BNP,
+            own_history(values_BNP, input_source, token_time, identity_BSD.shape[1], length_s),
             input_source,
             pixels,
             frame_mask,
