@@ -56,7 +56,10 @@ def predict(recording: Recording, task: str, fold: int | None = None, noise: flo
     """The truth (of counts: their smooth rate), disturbed."""
     time = protocol.queries(recording, task, "test", fold)
     name = protocol.time_name(task)
-    disturb = lambda array: array + noise * np.random.default_rng(seed).normal(size=array.shape)  # noqa: E731
+
+    def disturb(array: np.ndarray) -> np.ndarray:
+        return array + noise * np.random.default_rng(seed).normal(size=array.shape)
+
     if task == "hd":
         return {name: time, "angle": disturb(recording.heading_at(time))}
     if task == "pos":

@@ -64,7 +64,10 @@ def _r2(rows: Rows) -> float:
 def count_rows(counts: np.ndarray, rate: np.ndarray, train_mean: np.ndarray, bands: bool = False) -> Rows:
     """(windows, bins, units) spikes and expected spikes per bin, (units,) the mean of train per bin; sums over bins."""
     edges = [start // BIN_MS for start, _ in BANDS_MS] if bands else [0]
-    add = lambda array: np.add.reduceat(array, edges, axis=1)  # noqa: E731
+
+    def add(array: np.ndarray) -> np.ndarray:
+        return np.add.reduceat(array, edges, axis=1)
+
     train_mean = np.broadcast_to(train_mean, counts.shape)
     return {
         "spikes": add(counts.astype(float)),

@@ -173,7 +173,10 @@ def predict_future_frames(recording: Recording, task: str, fold: int | None) -> 
     """Each ROI from its own past by one GRU for all."""
     problem = windows.problem(recording, task, fold)
     seen, change = scaled_frames(recording, problem, fold)
-    own = lambda array: np.ascontiguousarray(array.transpose(2, 0, 1)).reshape(-1, array.shape[1])  # noqa: E731
+
+    def own(array: np.ndarray) -> np.ndarray:
+        return np.ascontiguousarray(array.transpose(2, 0, 1)).reshape(-1, array.shape[1])
+
     seen = {split: own(array)[..., None] for split, array in seen.items()}
     change = {split: own(array) for split, array in change.items()}
     found = mean_of(FRAMES, seen, change, Gru, nn.functional.mse_loss)

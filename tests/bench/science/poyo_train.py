@@ -59,7 +59,10 @@ class Spikes:
         slot = np.arange((stop - first).max())
         index = np.minimum(first[:, None] + slot, len(self.time) - 1)
         mask = slot < (stop - first)[:, None]
-        tile = lambda row: np.tile(row, (len(start), 1))  # noqa: E731
+
+        def tile(row: np.ndarray) -> np.ndarray:
+            return np.tile(row, (len(start), 1))
+
         return {
             "input_unit_index": torch.from_numpy(vocabulary[np.hstack([tile(unit), self.unit[index]])]),
             "input_timestamps": torch.from_numpy(np.hstack([tile(stamp), self.time[index] - start[:, None]])).float(),
