@@ -13,7 +13,7 @@ HOSTFILE ?= hostfiles/cluster
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-all bench bench-science check lint prep inspect verify report hostfile train eval audit export push campaign
+.PHONY: help install demo test test-all bench bench-science check lint prep inspect verify report hostfile train eval audit export adapt push campaign
 
 help:  ## print this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-13s %s\n", $$1, $$2}'
@@ -80,6 +80,9 @@ audit: .venv/installed  ## RUN_DIR=runs/x: show that nothing a task hides reache
 
 export: .venv/installed  ## RUN_DIR=runs/x HUB=dir: checkpoint -> hub folder
 	$(PY) -m train export $(RUN_DIR) --hub $(HUB) $(ARGS)
+
+adapt: .venv/installed  ## HUB=dir STORE=store OUT=runs/y [ARGS="--steps 200"]: identities for units that the model has never seen
+	$(PY) -m train adapt --hub $(HUB) --store $(STORE) --out $(OUT) $(ARGS)
 
 push: .venv/installed  ## HUB=dir REPO=org/name: hub folder -> model hub
 	$(PY) -m train push --hub $(HUB) --repo $(REPO) $(ARGS)

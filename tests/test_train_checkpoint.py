@@ -14,7 +14,7 @@ from train_builders import ROOT, handmade_checkpoint, moved_trained, tiny_run, t
 
 from train import checkpoint
 from train.checkpoint import CheckpointError, full_state, newest, open_checkpoint, prune, seal
-from train.evaluate import Trained
+from train.trained import Trained
 
 FILES = (
     "manifest.json",
@@ -41,7 +41,7 @@ def sealed(trained: Trained, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize("num_ranks", [1, 2, 3, 4, 7])
 def test_pieces_of_three_ranks_are_put_together_for_any_number(sealed: Path, trained: Trained, num_ranks: int) -> None:
     found = open_checkpoint(sealed)
-    for name in ("model.latent_embed", "decoder.bias_proj.bias", "model.layers.1.mlp.down_proj.weight"):
+    for name in ("model.latent_embed", "readout.bias_proj.bias", "model.layers.1.mlp.down_proj.weight"):
         flat = trained.model.get_parameter(name).detach().flatten()
         size = -(-len(flat) // num_ranks)
         for begin in range(0, len(flat), size):
@@ -61,8 +61,8 @@ def test_all_weights_come_back_whole(sealed: Path, trained: Trained) -> None:
 def test_a_parameter_that_is_not_there_is_an_error(sealed: Path) -> None:
     with pytest.raises(CheckpointError, match=r"has 0 of 4 elements of model.nothing \(master\). It is not this model"):
         open_checkpoint(sealed).parameter("model.nothing", "master", 0, 4)
-    with pytest.raises(CheckpointError, match=r"has 4 of 6 elements of decoder.bias_proj.bias \(exp_avg\)"):
-        open_checkpoint(sealed).parameter("decoder.bias_proj.bias", "exp_avg", 0, 6)
+    with pytest.raises(CheckpointError, match=r"has 4 of 6 elements of readout.bias_proj.bias \(exp_avg\)"):
+        open_checkpoint(sealed).parameter("readout.bias_proj.bias", "exp_avg", 0, 6)
 
 
 def test_a_folder_that_was_never_sealed_is_no_checkpoint(sealed: Path, tmp_path: Path) -> None:

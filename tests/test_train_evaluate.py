@@ -16,9 +16,10 @@ from train_builders import handmade_run, moved_trained, tiny_run, tiny_store
 
 from train import evaluate
 from train.checkpoint import CheckpointError
-from train.evaluate import References, Trained
+from train.evaluate import References
 from train.masking import TASKS, Mask, Task, task_mask
 from train.metrics import MetricsLog, deviance_explained, poisson_deviance, read_metrics, squared_error
+from train.trained import Trained, load_trained
 
 RUN = tiny_run()
 SECOND_NS = 1_000_000_000
@@ -224,7 +225,7 @@ def test_the_command_writes_what_the_table_follows_from(
     parser = argparse.ArgumentParser()
     evaluate.configure(parser)
     assert evaluate.main(parser.parse_args([str(tmp_path / "run"), "--split", "test", "--windows", "2"])) == 0
-    loaded = evaluate.load_trained(tmp_path / "run")
+    loaded = load_trained(tmp_path / "run")
     for name, parameter in loaded.model.named_parameters():
         assert torch.equal(parameter, expected.model.get_parameter(name))
     content = json.loads((tmp_path / "run" / "evaluation.json").read_text())
@@ -239,7 +240,7 @@ def test_a_run_without_a_checkpoint_says_what_to_do(store: Path, tmp_path: Path)
     handmade_run(tmp_path / "run", store, RUN)
     (tmp_path / "run" / "checkpoints" / "step-00000001" / "state.json").write_text("{}")
     with pytest.raises(CheckpointError, match=r"has no sealed checkpoint \(1 damaged\). Train first: make train OUT="):
-        evaluate.load_trained(tmp_path / "run")
+        load_trained(tmp_path / "run")
 
 
 def test_metrics_of_steps_that_are_repeated_are_written_once(

@@ -21,11 +21,11 @@ from train_builders import ROOT, handmade_run, moved_trained, one_window, tiny_r
 
 from train import clean_process, evaluate, export
 from train.dataset import Window
-from train.evaluate import Trained
 from train.export import ExportError
 from train.masking import TASKS, Mask, Task, task_mask
 from train.model.modeling_brainloom import BrainloomForPreTraining
 from train.model.processing_brainloom import STANDARD_LIMIT, BrainloomProcessor, Stream
+from train.trained import Trained
 
 RUN = tiny_run()
 CHECKED = (("full", TASKS[0]), ("blind", TASKS[3]), ("imaging", TASKS[11]))  # encoding, co-smoothing, decoding
@@ -86,6 +86,8 @@ def test_a_hub_folder_has_all_that_a_stranger_needs(hub: Path, trained: Trained)
         "config.json",
         "configuration_brainloom.py",
         "history_brainloom.py",
+        "readout_brainloom.py",
+        "stimulus_brainloom.py",
         "likelihoods_brainloom.py",
         "model.safetensors",
         "modeling_brainloom.py",

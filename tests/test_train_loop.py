@@ -24,7 +24,7 @@ from train_builders import (
     with_small_threshold,
 )
 
-from train import checkpoint, config, evaluate, loop
+from train import checkpoint, config, loop
 from train.build import build_model, model_config
 from train.checkpoint import CheckpointError
 from train.config import FAMILIES, ModelConfig, RunConfig
@@ -33,6 +33,7 @@ from train.engine import lr_factor, make_optimizer
 from train.loader import TrainingSamples, batches
 from train.metrics import read_metrics
 from train.sampler import mix
+from train.trained import load_trained
 from train.unit_table import UnitTable
 
 NUM_STEPS = 10
@@ -87,7 +88,7 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> RunConfig:
-    tiny = tiny_run(num_steps=NUM_STEPS, families=(*FAMILIES, "forecasting+decoding@0.5"))
+    tiny = tiny_run(num_steps=NUM_STEPS, average_steps=6, families=(*FAMILIES, "forecasting+decoding@0.5"))
     dropping = replace(tiny, model=ModelConfig(overrides={**tiny.model.overrides, "hidden_dropout": 0.2}))
     return with_small_threshold(dropping, tmp_path_factory.mktemp("ds"))
 
@@ -160,14 +161,28 @@ def test_parameters_are_really_partitioned_and_put_together_again(two_ranks: Pat
     found, passed_over = checkpoint.newest(two_ranks / "checkpoints")
     assert found is not None and not passed_over and found.step == NUM_STEPS
     keys = [key for fragments in found.manifest["fragments"].values() for key in fragments]
-    assert {key.split("|")[1] for key in keys} == {"master", "exp_avg", "exp_avg_sq"}
+    assert {key.split("|")[1] for key in keys} == {"master", "average", "exp_avg", "exp_avg_sq"}
     assert len(found.manifest["fragments"]) == 2 and any(not key.endswith("|0") for key in keys)
-    trained = evaluate.load_trained(two_ranks)
+    trained = load_trained(two_ranks)
     assert {name: tuple(p.shape) for name, p in trained.model.named_parameters()} == {
         name: tuple(shape) for name, shape in found.state()["shapes"].items()
     }
     fresh = dict(build_model(trained.run).named_parameters())
     assert sum(not torch.equal(p, fresh[name]) for name, p in trained.model.named_parameters()) > 20
+
+
+def test_the_average_of_the_weights_is_what_is_evaluated(two_ranks: Path) -> None:
+    trained, (found, _) = load_trained(two_ranks), checkpoint.newest(two_ranks / "checkpoints")
+    assert found is not None and found.has_average
+    for name, parameter in trained.model.named_parameters():
+        size = parameter.numel()
+        assert torch.equal(parameter.flatten(), found.parameter(name, "average", 0, size))
+    rows, keys = found.table()
+    assert trained.table.keys == keys and torch.equal(trained.table.weight, rows["average"])
+    moved = found.parameter("model.latent_embed", "master", 0, 8) - found.parameter(
+        "model.latent_embed", "average", 0, 8
+    )
+    assert moved.any() and not torch.equal(rows["average"], rows["weight"])
 
 
 def test_a_run_writes_down_what_it_was(two_ranks: Path, run: RunConfig, store: Path) -> None:

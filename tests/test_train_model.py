@@ -188,11 +188,16 @@ def test_a_window_of_which_nothing_is_asked_costs_nothing(reader: WindowReader, 
 
 
 @pytest.mark.parametrize(("family", "session"), PAIRS)
-def test_a_fresh_model_predicts_its_null_and_its_loss_is_zero(
+def test_a_model_that_reads_nothing_out_predicts_its_null_and_its_loss_is_zero(
     reader: WindowReader, family: Family, session: str
 ) -> None:
     batch = batch_of(reader, RUN, family, [masked(reader, family, session)])
-    output = build_model(RUN).eval()(**batch)
+    with torch.inference_mode(False), torch.no_grad():
+        model = build_model(RUN).eval()
+        fresh = model(**batch)
+        assert fresh.log_scale.abs().max() < 2  # it starts near its null
+        model.readout.weight_proj.weight.zero_()
+    output = model(**batch)
     modality = batch["source_modality"].gather(1, batch["query_source"])
     null = torch.where(modality == 0, batch["source_null"].gather(1, batch["query_source"]), 0.0)
     torch.testing.assert_close(
@@ -232,7 +237,7 @@ def test_errors_weigh_as_squares_where_the_likelihood_is_tempered_in_full(reader
         model.config.scale_tempering = 1.0
         batch = batch_of(reader, RUN, "decoding", [masked(reader, "decoding", "full")])
         output = model(**batch)
-        (gradient,) = torch.autograd.grad(output.loss, model.decoder.bias_proj.bias)
+        (gradient,) = torch.autograd.grad(output.loss, model.readout.bias_proj.bias)
         error = torch.where(batch["label_mask"], output.predictions - batch["labels"].nan_to_num(), 0.0)
         expected = model.config.modality_weights["behavior"] * error.sum() / batch["label_mask"].sum()
     assert float(gradient[0]) == pytest.approx(float(expected), rel=1e-4)  # the first readout is the mean

@@ -115,7 +115,8 @@ def test_all_attention_goes_through_the_interface_of_transformers(
     reader: WindowReader, registry: dict[str, list[bool]]
 ) -> None:
     predict(moved_model(run_with(**LOCAL)), batch(reader))
-    assert registry["sdpa"] == [True, True, False, False], "encoder, a local and a global layer, decoder"
+    called = "encoder, a local and a global layer, decoder: latents, frames"
+    assert registry["sdpa"] == [True, True, False, False, True], called
 
 
 def test_flash_attention_is_given_what_has_no_mask(reader: WindowReader, registry: dict[str, list[bool]]) -> None:
@@ -124,7 +125,7 @@ def test_flash_attention_is_given_what_has_no_mask(reader: WindowReader, registr
     registry["sdpa"].clear()
     model.config._attn_implementation_internal = "flash_attention_2"  # as if its package were here
     assert (predict(model, inputs) - before).abs().max() < 1e-5
-    assert registry == {"sdpa": [True, True], "flash_attention_2": [False, False]}
+    assert registry == {"sdpa": [True, True, True], "flash_attention_2": [False, False]}
 
 
 def test_half_precision_is_within_a_hundredth(reader: WindowReader) -> None:

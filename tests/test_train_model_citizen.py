@@ -73,7 +73,7 @@ def test_initialisation_reaches_every_parameter() -> None:
     assert left == []
 
 
-@pytest.mark.parametrize("missing", ["decoder.time_embed", "model.encoder.time_bias", "decoder.bias_proj.bias"])
+@pytest.mark.parametrize("missing", ["decoder.time_embed", "model.encoder.time_bias", "readout.bias_proj.bias"])
 def test_what_a_file_lacks_is_initialised_and_the_rest_is_loaded(tmp_path: Path, missing: str) -> None:
     model = moved_model(RUN)
     model.save_pretrained(tmp_path)

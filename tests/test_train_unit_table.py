@@ -61,6 +61,18 @@ def test_each_row_is_corrected_by_its_own_number_of_updates() -> None:
     assert torch.equal(early.weight[2], late.weight[2])
 
 
+def test_the_average_of_a_row_moves_when_the_row_does() -> None:
+    table = UnitTable(KEYS, 4, CPU, averages=True)
+    start = table.weight.clone()
+    expected = start.clone()
+    for _ in range(3):
+        (table.lookup(torch.tensor([[1]])).sum()).backward()
+        table.step(0.1, keep=0.5)
+        expected[1] = 0.5 * expected[1] + 0.5 * table.weight[1]
+    assert table.average is not None and torch.allclose(table.average, expected)
+    assert torch.equal(table.average[[0, 2, 3, 4, 5]], start[[0, 2, 3, 4, 5]])
+
+
 def test_row_minus_one_is_zeros_and_has_no_gradient() -> None:
     table = UnitTable(KEYS, 4, CPU)
     before = table.weight.clone()

@@ -25,11 +25,11 @@ from train.build import build_model, model_config
 from train.checkpoint import seal
 from train.config import DataConfig, Family, ModelConfig, OptimConfig, RunConfig
 from train.dataset import Window, WindowReader, budget, make_sample
-from train.evaluate import Trained
 from train.hostfile import Host
 from train.launch import launch
 from train.masking import Mask
 from train.model.modeling_brainloom import BrainloomForPreTraining
+from train.trained import Trained
 from train.unit_table import UnitTable
 
 ROOT = Path(__file__).resolve().parent.parent

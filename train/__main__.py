@@ -1,4 +1,4 @@
-"""The command line of train: `python -m train train | eval | audit | export | push | hostfile | launch | demo`.
+"""The command line of train: `python -m train train | eval | audit | export | adapt | push | hostfile | launch | demo`.
 
 In: arguments. Out: exit code 0 done, 1 something failed (named), 2 usage or configuration.
 """
@@ -13,6 +13,7 @@ COMMANDS = {  # command: (module, what it does)
     "eval": ("train.evaluate", "held-out deviance explained, per modality and task"),
     "audit": ("train.audit", "show that nothing a task hides reaches the model"),
     "export": ("train.export", "turn the newest checkpoint into a hub folder"),
+    "adapt": ("train.adapt", "give a hub folder identities for the units of another store; nothing of it is trained"),
     "push": ("train.push", "upload a hub folder to a model hub"),
     "hostfile": ("train.hostfile", "write a hostfile from SLURM, a list of nodes or this machine"),
     "launch": ("train.launch", "start a command once per slot of a hostfile"),

@@ -26,8 +26,9 @@ from train.audit_windows import Bools, Predictions, Replacement, companion, diff
 from train.build import model_config
 from train.config import FAMILIES, Family
 from train.dataset import Window, WindowReader
-from train.evaluate import Trained, load_trained, spread, suits
+from train.evaluate import spread, suits
 from train.masking import TASKS, Mask, Task, TokenTable, is_activity
+from train.trained import Trained, load_trained
 
 TOLERANCE = 1e-5  # of what the order of a sum may change, relative to the largest prediction where that is above 1
 MOVED_NS = 40_000_000_000_000_123  # more than a year: absolute time in float32 does not survive it

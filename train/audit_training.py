@@ -17,10 +17,10 @@ from train.audit_windows import Array, Predictions
 from train.build import model_config
 from train.config import Family
 from train.dataset import Window, WindowReader, collate
-from train.evaluate import Trained
 from train.loader import TrainingSamples
 from train.masking import STIMULUS_DROP, Mask, cuts, is_activity
 from train.model.processing_brainloom import middle
+from train.trained import Trained
 
 NUM_SAMPLES = 8
 NUM_BATCHES = 40

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 CHECKPOINT_FORMAT = 1
 MOMENTS = ("exp_avg", "exp_avg_sq")
+AVERAGE = "average"  # of the master weights over the last steps, where the run keeps one
 
 
 class CheckpointError(ValueError):
@@ -63,6 +64,11 @@ class Checkpoint:
             )
         return whole
 
+    @property
+    def has_average(self) -> bool:
+        """Was a running average of the weights kept?"""
+        return any(f"|{AVERAGE}|" in key for keys in self.manifest["fragments"].values() for key in keys)
+
     def _fragments(self, name: str, kind: str) -> Iterator[tuple[str, str, int, int]]:
         for file, fragments in self.manifest["fragments"].items():
             for key, size in fragments.items():
@@ -84,7 +90,7 @@ def save(engine: "Engine", root: Path, step: int, state: dict[str, Any]) -> Path
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
     dist.barrier()
-    fragments = local_fragments(engine.model, rank)
+    fragments = local_fragments(engine.model, rank, engine.average)
     save_file(fragments, temporary / f"rank-{rank:05d}.safetensors")
     _sync(temporary / f"rank-{rank:05d}.safetensors")
     if rank == 0:
@@ -104,8 +110,8 @@ def partitioned(model: nn.Module) -> Iterator[tuple[str, Any]]:
     yield from model.named_parameters()
 
 
-def local_fragments(model: nn.Module, rank: int) -> dict[str, Tensor]:
-    """This rank's part of each parameter and its moments, by `name|kind|offset`; the padding is left out."""
+def local_fragments(model: nn.Module, rank: int, average: dict[str, Tensor]) -> dict[str, Tensor]:
+    """This rank's part of each parameter, its moments and average, by `name|kind|offset`; without the padding."""
     from deepspeed.utils import (
         safe_get_local_fp32_param,
         safe_get_local_optimizer_state,
@@ -119,6 +125,8 @@ def local_fragments(model: nn.Module, rank: int) -> dict[str, Tensor]:
             continue
         tensors = {"master": safe_get_local_fp32_param(parameter)}
         tensors |= {kind: safe_get_local_optimizer_state(parameter, kind) for kind in MOMENTS}
+        if name in average:
+            tensors[AVERAGE] = average[name]
         for kind, tensor in tensors.items():
             fragments[f"{name}|{kind}|{offset}"] = tensor[:length].detach().float().cpu().clone()
     return fragments
@@ -223,6 +231,9 @@ def restore(engine: "Engine", checkpoint: Checkpoint) -> int:
                 parameter.ds_tensor.data.copy_(padded)  # the working copy, which the setter leaves as it was
             else:
                 safe_set_local_optimizer_state(parameter, padded.to(engine.device), kind)
+        if engine.average:  # a run that begins to average begins with the weights themselves
+            kept = checkpoint.parameter(name, AVERAGE if checkpoint.has_average else "master", start, stop)
+            engine.average[name].zero_()[: stop - start] = kept
     persistent = engine.optimizer.persistent_parameters
     if persistent:  # small parameters stay gathered: refresh them from their partitions
         persistent[0].partition(persistent)
@@ -246,12 +257,12 @@ def prune(root: Path, keep: int) -> None:
 
 
 def full_state(checkpoint: Checkpoint) -> dict[str, Tensor]:
-    """All weights of a checkpoint, whole, in fp32: for export and evaluation."""
-    state = checkpoint.state()
+    """All weights of a checkpoint, whole, in fp32, or their average: for export and evaluation."""
+    state, kind = checkpoint.state(), AVERAGE if checkpoint.has_average else "master"
     weights = {}
     for name, shape in state["shapes"].items():
         size = int(torch.Size(shape).numel())
-        weights[name] = checkpoint.parameter(name, "master", 0, size).reshape(shape)
+        weights[name] = checkpoint.parameter(name, kind, 0, size).reshape(shape)
     return weights
 
 

@@ -19,6 +19,7 @@ import torch
 from train import evaluate, export, picture
 from train.masking import TASKS, task_mask
 from train.metrics import read_metrics
+from train.trained import Trained, load_trained
 
 CONFIG = Path("train/configs/demo.yaml")
 MARKER = ".brainloom-demo"
@@ -89,7 +90,7 @@ def finish(out: Path, seconds: dict[str, float], world_size: int) -> dict[str, A
     print("\nevaluating on the test split …", flush=True)
     torch.set_num_threads(2)
     began_s = time.perf_counter()
-    trained = evaluate.load_trained(out)
+    trained = load_trained(out)
     rows = evaluate.evaluate(trained, "test", evaluate.References(out / "truth"), num_windows=30)
     tasks = [row.summary() for row in rows]
     (out / "evaluation.json").write_text(json.dumps({"split": "test", "tasks": tasks}, indent=1))
@@ -116,7 +117,7 @@ def finish(out: Path, seconds: dict[str, float], world_size: int) -> dict[str, A
     }
 
 
-def _check_export(trained: evaluate.Trained, hub: Path) -> float:
+def _check_export(trained: Trained, hub: Path) -> float:
     """The first held-out window on which some task can be asked, predicted by a stranger."""
     context_ns = round(trained.run.data.context_s * 1e9)
     for task in TASKS:

@@ -6,12 +6,14 @@ One process or many: the same weights, the same batches, the same steps.
 
 import contextlib
 import math
+from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from typing import Any
 
 import deepspeed
 import torch
 import torch.distributed as dist
+from deepspeed.utils import safe_get_local_fp32_param
 from torch import Tensor, nn
 
 from train.build import build_model, whole
@@ -46,6 +48,11 @@ def make_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.AdamW:
     return torch.optim.AdamW(parameter_groups(model, config.weight_decay), lr=config.lr, betas=BETAS)
 
 
+def average_decay(step: int, config: OptimConfig) -> float:
+    """What the running average keeps at a step: little at the start, 1 - 1 / average_steps in the long run."""
+    return min(1 - 1 / config.average_steps, (1 + step) / (10 + step))
+
+
 def lr_factor(step: int, config: OptimConfig) -> float:
     """Share of the peak learning rate at a step: linear warm-up, then a cosine. A function of the step alone."""
     if step < config.warmup_steps:
@@ -70,13 +77,21 @@ class Engine:
             model=model, optimizer=optimizer, config=self.ds_config, dist_init_required=False
         )
         self.device: torch.device = self.deepspeed.device
-        self.table = UnitTable(keys, model.config.unit_embed_size, self.device)
+        averages = config.train.average_steps > 0
+        self.table = UnitTable(keys, model.config.unit_embed_size, self.device, averages)
+        # Of this rank's partitions of the master weights, by name: what it costs is four bytes for each.
+        self.average = {name: part.clone() for name, part in self.masters()} if averages else {}
 
     @property
     def model(self) -> BrainloomForPreTraining:
         """The module inside the engine."""
         module: BrainloomForPreTraining = self.deepspeed.module
         return module
+
+    def masters(self) -> Iterator[tuple[str, Tensor]]:
+        """This rank's partitions of the master weights, by name, the padding included."""
+        for name, parameter in self.model.named_parameters():
+            yield name, safe_get_local_fp32_param(parameter).detach()
 
     def forward(self, batch: dict[str, Tensor], context_s: float) -> BrainloomPreTrainingOutput:
         """Predictions and loss of one micro-batch of windows of one length."""
@@ -109,5 +124,8 @@ class Engine:
             loss += output.loss.detach().cpu() / len(micro_batches)
             nats += output.nats.detach().sum(0).cpu()
             values += output.num_values.sum(0).cpu()
-        self.table.step(self.config.train.unit_lr * factor)
+        keep = average_decay(step, self.config.train) if self.average else 0.0
+        self.table.step(self.config.train.unit_lr * factor, keep)
+        if self.average:
+            torch._foreach_lerp_([*self.average.values()], [part for _, part in self.masters()], 1 - keep)
         return loss, torch.stack([nats, values])

@@ -12,47 +12,14 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import torch
 
-from prep.store import Store
-from train import checkpoint, config
-from train.build import model_config
-from train.dataset import Budget, Window, WindowReader, collate, make_sample, split_windows
+from train.dataset import Window, split_windows
 from train.masking import TASKS, Mask, Task, task_mask
 from train.metrics import deviance_explained
-from train.model.modeling_brainloom import BrainloomForPreTraining
-from train.unit_table import UnitTable
+from train.trained import Trained, load_trained
 
 Array = npt.NDArray[Any]
 BATCH = 4
-
-
-@dataclass
-class Trained:
-    """A model that can be asked: weights from a checkpoint, unit rows by this store's keys."""
-
-    run: config.RunConfig
-    store: Store
-    model: BrainloomForPreTraining
-    table: UnitTable
-    reader: WindowReader
-
-    def predict(self, windows: list[Window], masks: list[Mask]) -> list[npt.NDArray[np.float32]]:
-        """Predictions (n asked, P) of each window, in the model's units."""
-        largest = [
-            max(len(window.sources.row) for window in windows),
-            max(1, *(int(mask.visible.sum()) for mask in masks)),
-            max(1, *(int(mask.asked.sum()) for mask in masks)),
-            max(1, *(len(window.pixels) * mask.frames for window, mask in zip(windows, masks, strict=True))),
-        ]
-        samples = [make_sample(window, mask, Budget(*largest)) for window, mask in zip(windows, masks, strict=True)]
-        batch = collate(samples)
-        embeds = self.table.lookup(batch.pop("unit_rows")).detach()
-        self.table.discard()
-        del batch["labels"], batch["label_mask"]
-        with torch.inference_mode():
-            predictions = self.model(unit_embeds=embeds, **batch).predictions.numpy()
-        return [p[: int(mask.asked.sum())] for p, mask in zip(predictions, masks, strict=True)]
 
 
 @dataclass
@@ -113,25 +80,6 @@ class References:
                         {**row, "start_ns": file[row["start_ns"]], "values": file[row["values"]]} for row in index
                     ]
         return self._rows[session_id]
-
-
-def load_trained(run_dir: Path) -> Trained:
-    """The newest sealed checkpoint of a run, as a plain model in fp32."""
-    run = config.load(run_dir / "config.yaml")
-    store = Store(json.loads((run_dir / "run.json").read_text())["store"])
-    found, passed_over = checkpoint.newest(run_dir / "checkpoints")
-    if found is None:
-        raise checkpoint.CheckpointError(
-            f"{run_dir / 'checkpoints'} has no sealed checkpoint ({len(passed_over)} damaged). "
-            f"Train first: make train OUT={run_dir}"
-        )
-    shape = model_config(run)
-    model = BrainloomForPreTraining(shape)
-    model.load_state_dict(checkpoint.full_state(found))
-    reader = WindowReader(store, shape, run.data.max_frames)
-    table = UnitTable(reader.source_table.keys, shape.unit_embed_size, torch.device("cpu"))
-    table.load(*found.table())
-    return Trained(run, store, model.eval(), table, reader)
 
 
 def suits(task: Task, entry: dict[str, Any]) -> bool:

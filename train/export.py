@@ -22,11 +22,11 @@ from transformers.utils.logging import disable_progress_bar
 from prep.settings import MODALITIES
 from train import clean_process
 from train.dataset import Window
-from train.evaluate import Trained, load_trained
 from train.masking import Mask
 from train.model.modeling_brainloom import BrainloomForPreTraining
 from train.model.processing_brainloom import BrainloomProcessor
 from train.sources import token_streams
+from train.trained import Trained, load_trained
 
 Array = npt.NDArray[Any]
 disable_progress_bar()  # of reading and writing files that take milliseconds

@@ -23,9 +23,10 @@ TOKENS_PER_S = 10  # of each unit (prep: a token is 100 ms)
 H100_FLOPS, UTILISATION = 989e12, 0.4  # dense bf16; what is assumed of it
 BYTES = {"bf16": 2, "fp32": 4}
 STATE_BYTES = {"bf16": 2 + 2 + 4 + 8, "fp32": 4 + 4 + 4 + 8}  # weights, gradients, masters, Adam's two moments
-# What autograd keeps, in vectors of hidden_size: of a latent in a layer of the trunk, a token, a source, a patch.
+# What autograd keeps, in vectors of hidden_size: of a latent in a layer of the trunk, a time of the readout, a token, a
+# source, a patch.
 # Found by counting what the debug model saves (sdpa, no gradient checkpointing).
-KEPT = {"bf16": (33.0, 4.7, 28.1, 9.9), "fp32": (24.9, 4.4, 17.9, 7.6)}
+KEPT = {"bf16": (33.0, 76.3, 4.7, 32.0, 34.1), "fp32": (24.9, 53.6, 4.5, 21.9, 30.6)}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,15 +65,15 @@ def parameters(config: BrainloomConfig) -> dict[str, int]:
     width, row, inner = config.hidden_size, config.unit_embed_size, config.intermediate_size
     head = width // config.num_attention_heads
     attention, mlp = 4 * width**2 + 3 * head, 3 * width * inner
-    patches = (config.patch_size**2 + 1) * width + width**2 + config.num_patches * width
-    readout = width * width * NUM_READOUTS + (width + 1) * NUM_READOUTS
+    patches = (config.frames_per_patch * config.patch_size**2 + 1 + width) * 2 * width + config.num_patches * width
+    readout = 2 * width * width * NUM_READOUTS + (width + 1) * NUM_READOUTS
     samples = (config.samples_per_token + NUM_SUMS) * width
     latents = config.latents_per_step * width
     return {
         "identity": (config.num_unit_features + 1) * row + row**2 + row * width + len(MODALITIES) * width,
         "encoder": attention + mlp + patches + samples + latents + 3 * width,  # a null key and two norms
         "trunk": config.num_hidden_layers * (attention + mlp + 2 * width) + width,
-        "decoder": attention + mlp + readout + 5 * width,  # a time embedding and four norms
+        "decoder": 2 * attention + mlp + readout + 7 * width,  # two embeddings and five norms
     }
 
 
@@ -91,8 +92,8 @@ def products(config: BrainloomConfig, shape: Shape) -> dict[str, list[Product]]:
         ],
         "encoder": [
             Product(shape.tokens, config.samples_per_token + NUM_SUMS, width, learns=False),
-            Product(patches, config.patch_size**2, width, learns=False),
-            Product(patches, width, width),
+            Product(patches, config.frames_per_patch * config.patch_size**2, 2 * width, learns=False),
+            Product(patches, 2 * width, width),
             *(Product(*sizes) for sizes in square),  # queries and output, keys, gates
             *_reading(config, latents, keys),
             *_mlp(config, latents),
@@ -104,8 +105,11 @@ def products(config: BrainloomConfig, shape: Shape) -> dict[str, list[Product]]:
             *(Product(latents, width, width),) * 2,
             *_reading(config, times, latents),
             *_mlp(config, times),
-            Product(sources, width, NUM_READOUTS * width),
-            Product(sources * NUM_READOUTS, width, times),
+            *(Product(times, width, width),) * 2,
+            *(Product(1 + patches, width, width),) * 2,
+            *_reading(config, times, 1 + patches),
+            Product(sources, width, NUM_READOUTS * 2 * width),
+            Product(sources * NUM_READOUTS, 2 * width, times),
             Product(sources, width, NUM_READOUTS),
         ],
     }
@@ -150,11 +154,11 @@ def state_bytes(config: BrainloomConfig, precision: str, num_ranks: int) -> floa
 
 
 def activation_bytes(config: BrainloomConfig, shape: Shape, precision: str) -> float:
-    """What autograd keeps of a batch between forward and backward pass; the decoder counts as one more layer."""
+    """What autograd keeps of a batch between forward and backward pass."""
     latents = round(shape.context_s * config.latent_hz) * config.latents_per_step
     times = round(shape.context_s * config.readout_hz)
-    of_latent, of_token, of_source, of_patch = KEPT[precision]
-    vectors = of_latent * (config.num_hidden_layers * latents + times)
+    of_latent, of_time, of_token, of_source, of_patch = KEPT[precision]
+    vectors = of_latent * config.num_hidden_layers * latents + of_time * times
     vectors += of_token * shape.tokens + of_source * shape.sources + of_patch * shape.frames * config.num_patches
     return vectors * shape.batch * config.hidden_size * BYTES[precision]
 

@@ -15,9 +15,10 @@ from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 
 from train.dataset import split_windows
-from train.evaluate import Trained, suits
+from train.evaluate import suits
 from train.masking import TASKS, Task, task_mask
 from train.sources import token_streams
+from train.trained import Trained
 
 Array = npt.NDArray[Any]
 NUM_WINDOWS = 20

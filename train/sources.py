@@ -43,6 +43,11 @@ class SourceTable:
         )
         self._channel_row = {key: int(self.first_row[-1]) + i for i, key in enumerate(channels)}
 
+    @property
+    def channel_keys(self) -> list[str]:
+        """Keys of the channels, in the order of their rows."""
+        return list(self._channel_row)
+
     def __len__(self) -> int:
         return int(self.first_row[-1]) + len(self._channel_row)
 

@@ -28,7 +28,8 @@ def initial_row(key: str, size: int) -> Tensor:
 class UnitTable:
     """Rows (R, E) with Adam's moments and a step count of their own: an untouched row does not move."""
 
-    def __init__(self, keys: list[str], size: int, device: torch.device) -> None:
+    def __init__(self, keys: list[str], size: int, device: torch.device, averages: bool = False) -> None:
+        """`averages`: keep a running average of the rows beside them."""
         self.keys = keys
         num_rows = len(keys)
         rows = [initial_row(key, size) for key in keys]
@@ -36,6 +37,7 @@ class UnitTable:
         self.moment1 = torch.zeros_like(self.weight)
         self.moment2 = torch.zeros_like(self.weight)
         self.num_updates = torch.zeros(num_rows, device=device, dtype=torch.int64)
+        self.average = self.weight.clone() if averages else None
         self._gradient = torch.zeros(num_rows, size + 1, device=device)  # the last column counts uses
         self._used: list[tuple[Tensor, Tensor]] = []
 
@@ -56,8 +58,11 @@ class UnitTable:
             self._gradient.index_add_(0, rows_BS[present], gradient[present])
         self._used.clear()
 
-    def step(self, lr: float) -> None:
-        """One Adam step (Kingma & Ba 2015) on the rows that any rank used; gradients are the mean over ranks."""
+    def step(self, lr: float, keep: float = 0.0) -> None:
+        """One Adam step (Kingma & Ba 2015) on the rows that any rank used; gradients are the mean over ranks.
+
+        `keep` is what the average of these rows keeps of itself.
+        """
         self.accumulate()
         world_size = dist.get_world_size() if dist.is_initialized() else 1
         if world_size > 1:
@@ -73,6 +78,8 @@ class UnitTable:
         self.moment1[touched], self.moment2[touched] = moment1, moment2
         scale = (moment2 / (1 - second**count)).sqrt() + EPS
         self.weight[touched] -= lr * moment1 / (1 - first**count) / scale
+        if self.average is not None:
+            self.average[touched] = self.average[touched].lerp(self.weight[touched], 1 - keep)
 
     def discard(self) -> None:
         """Forget the gradients of a step that is skipped."""
@@ -81,12 +88,13 @@ class UnitTable:
 
     def state(self) -> dict[str, Tensor]:
         """Everything that a checkpoint keeps, row by row."""
-        return {
+        kept = {
             "weight": self.weight,
             "moment1": self.moment1,
             "moment2": self.moment2,
             "num_updates": self.num_updates,
         }
+        return kept if self.average is None else {**kept, "average": self.average}
 
     def load(self, state: dict[str, Tensor], saved_keys: list[str]) -> int:
         """Take over the rows whose keys are known here; returns how many."""
@@ -96,5 +104,6 @@ class UnitTable:
             torch.tensor(column, dtype=torch.int64) for column in (zip(*pairs, strict=True) if pairs else ((), ()))
         )
         for name, tensor in self.state().items():
-            tensor[here] = state[name].to(tensor.device)[saved]
+            source = state["weight"] if name == "average" and name not in state else state[name]
+            tensor[here] = source.to(tensor.device)[saved]
         return len(pairs)

@@ -10,7 +10,7 @@ from transformers import PretrainedConfig
 MODALITIES = ("spikes", "traces", "behavior", "stimulus")
 LIKELIHOODS = {  # what each modality's values may be drawn from; the first is the default
     "spikes": ("poisson", "negative_binomial"),
-    "traces": ("gaussian", "student_t", "zero_inflated_gamma"),
+    "traces": ("gaussian", "calcium", "student_t", "zero_inflated_gamma"),
     "behavior": ("gaussian", "student_t"),
 }
 
@@ -28,6 +28,7 @@ class BrainloomConfig(PretrainedConfig):
         samples_per_token: the most samples P that one token holds.
         image_size: (height, width) to which stimulus frames are resampled.
         patch_size: side of a square image patch in pixels.
+        frames_per_patch: how many frames a patch holds, its own and those before.
         context_s: length of a window in seconds, unless a call says otherwise.
         latent_hz: steps of the latent grid per second.
         latents_per_step: latents at each step.
@@ -56,7 +57,8 @@ class BrainloomConfig(PretrainedConfig):
         num_unit_features: int = 28,
         samples_per_token: int = 16,
         image_size: tuple[int, int] = (24, 24),
-        patch_size: int = 6,
+        patch_size: int = 24,
+        frames_per_patch: int = 4,
         context_s: float = 2.0,
         latent_hz: float = 10.0,
         latents_per_step: int = 4,
@@ -100,6 +102,7 @@ class BrainloomConfig(PretrainedConfig):
         self.samples_per_token = samples_per_token
         self.image_size = list(image_size)
         self.patch_size = patch_size
+        self.frames_per_patch = frames_per_patch
         self.context_s = context_s
         self.latent_hz = latent_hz
         self.latents_per_step = latents_per_step

@@ -143,6 +143,27 @@ class Gaussian(Likelihood):
         return readout.location + normal_quantile(level) * readout.log_std.exp()
 
 
+class Calcium(Gaussian):
+    """Values around a mean of which a part is an integral of a rate that grows by factors.
+
+    What multiplies in the brain adds up in the log of the rate; calcium of a unit whose rate is a product of tuning
+    curves is no sum of any, and no readout that is linear in features would find it. The fourth readout is the rate's
+    growth over its mean, integrated (readout_brainloom.py); it adds to the location.
+    """
+
+    def expected(self, readout: Readout) -> Tensor:
+        return readout.location + readout.zero_logit
+
+    def nll(self, values: Tensor, readout: Readout) -> Tensor:
+        return super().nll(values, replace(readout, location=self.expected(readout)))
+
+    def excess_nats(self, values: Tensor, readout: Readout) -> Tensor:
+        return super().excess_nats(values, replace(readout, location=self.expected(readout)))
+
+    def quantile(self, level: float, readout: Readout) -> Tensor:
+        return super().quantile(level, replace(readout, location=self.expected(readout)))
+
+
 class StudentT(Gaussian):
     """Values around a mean, with outliers; `log_std` is of the standard deviation, whatever the degrees of freedom."""
 
@@ -251,6 +272,7 @@ FAMILIES: dict[str, Likelihood] = {
     "poisson": Poisson(),
     "negative_binomial": NegativeBinomial(),
     "gaussian": Gaussian(),
+    "calcium": Calcium(),
     "student_t": StudentT(),
     "zero_inflated_gamma": ZeroInflatedGamma(),
 }

@@ -37,8 +37,24 @@ from .attention_brainloom import (
 )
 from .configuration_brainloom import MODALITIES, BrainloomConfig
 from .history_brainloom import NUM_SUMS, own_history
-from .likelihoods_brainloom import NUM_READOUTS, Likelihoods, Readout, sum_by_modality
+from .likelihoods_brainloom import Likelihoods, Readout, sum_by_modality
+from .readout_brainloom import (
+    QUIET,
+    BrainloomQuietLinear,
+    BrainloomReadout,
+    BrainloomZeroLinear,
+    interpolate,
+    time_grid,
+)
+from .stimulus_brainloom import BrainloomPatches, in_order_of_time
 
+PART_OF = {  # in which part of the model what is not named like it is counted
+    "latent_embed": "encoder",
+    "patches": "encoder",
+    "layers": "trunk",
+    "norm": "trunk",
+    "readout": "decoder",
+}
 SPIKES, TRACES, BEHAVIOR, STIMULUS = range(len(MODALITIES))
 TIME_BIAS = 1.2  # of queries and keys at the start: the larger, the nearer they look
 
@@ -51,11 +67,16 @@ class BrainloomModelOutput(ModelOutput):
         last_hidden_state: latents (B, L, D).
         latent_time_s: time of each latent (L,), seconds from the window's start.
         identity: of each source (B, S, D).
+        frames: the stimulus (B, F * M, D), each patch with those before it and its place on the screen.
+        frame_time_s, frame_mask: of the frames (B, F), in the order of time, those that are not visible last.
     """
 
     last_hidden_state: Tensor | None = None
     latent_time_s: Tensor | None = None
     identity: Tensor | None = None
+    frames: Tensor | None = None
+    frame_time_s: Tensor | None = None
+    frame_mask: Tensor | None = None
 
 
 @dataclass
@@ -70,6 +91,7 @@ class BrainloomPreTrainingOutput(ModelOutput):
         nats: sum of NLL - NLL_null per sample and modality (B, 3).
         num_values: observed values behind `nats` (B, 3).
         last_hidden_state: latents (B, L, D).
+        features: what every source reads (B, G, 2 D), at the times of the readout grid.
     """
 
     loss: Tensor | None = None
@@ -79,10 +101,7 @@ class BrainloomPreTrainingOutput(ModelOutput):
     nats: Tensor | None = None
     num_values: Tensor | None = None
     last_hidden_state: Tensor | None = None
-
-
-class BrainloomZeroLinear(nn.Linear):
-    """A linear map that starts at zero: a residual branch that is silent, a head whose prediction is its null."""
+    features: Tensor | None = None
 
 
 class BrainloomMLP(nn.Module):
@@ -137,25 +156,6 @@ class BrainloomIdentity(nn.Module):
         return identity + self.modality_embed[source_modality_BS]
 
 
-class BrainloomPatches(nn.Module):
-    """Stimulus frames as patches: a content that is read, and a place on the screen by which it is found."""
-
-    def __init__(self, config: BrainloomConfig) -> None:
-        super().__init__()
-        self.patch_size = config.patch_size
-        self.pixel_proj = nn.Linear(config.patch_size**2, config.hidden_size)
-        self.out_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
-        self.position_embed = nn.Parameter(torch.zeros(config.num_patches, config.hidden_size))
-
-    def forward(self, pixels_BFHW: Tensor, frame_mask_BF: Tensor) -> tuple[Tensor, Tensor]:
-        """Contents and places, both (B, F * M, D); masked frames are zeroed first."""
-        pixels = torch.where(frame_mask_BF[..., None, None], pixels_BFHW.to(self.pixel_proj.weight.dtype), 0.0)
-        side = self.patch_size
-        patches = pixels.unflatten(3, (-1, side)).unflatten(2, (-1, side)).transpose(3, 4).flatten(4).flatten(2, 3)
-        content: Tensor = self.out_proj(F.silu(self.pixel_proj(patches)))
-        return content.flatten(1, 2), self.position_embed.expand_as(content).flatten(1, 2)
-
-
 class BrainloomEncoder(GradientCheckpointingLayer):
     """Latents read the visible tokens: found by who and when, read for what.
 
@@ -176,7 +176,6 @@ class BrainloomEncoder(GradientCheckpointingLayer):
         self.gate_proj = nn.Linear(size, size, bias=False)
         self.value_proj = nn.Linear(config.samples_per_token, size, bias=False)
         self.history_proj = BrainloomZeroLinear(NUM_SUMS, size, bias=False)  # silent until it helps
-        self.patches = BrainloomPatches(config)
         self.null_key = nn.Parameter(torch.zeros(1, size))
         self.q_norm = BrainloomRMSNorm(self.heads[1], eps)
         self.k_norm = BrainloomRMSNorm(self.heads[1], eps)
@@ -193,7 +192,7 @@ class BrainloomEncoder(GradientCheckpointingLayer):
         values_BNP: Tensor,
         history_BNV: Tensor,
         source_BN: Tensor,
-        pixels_BFHW: Tensor,
+        patches: tuple[Tensor, Tensor],
         frame_mask_BF: Tensor,
         key_mask_BT: Tensor,
         q_angles: Angles,
@@ -206,7 +205,7 @@ class BrainloomEncoder(GradientCheckpointingLayer):
         source_BSD = self.source_layernorm(identity_BSD)
         gate_BND = take_sources(1 + self.gate_proj(source_BSD), source_BN)
         content_BND = (self.value_proj(values_BNP) + self.history_proj(history_BNV)) * gate_BND
-        patch_content, place = self.patches(pixels_BFHW, frame_mask_BF)
+        patch_content, place = patches
         null = self.null_key.expand(latents_BLD.shape[0], -1, -1)
         key_BSD, key_place, key_null = (self._keys(x) for x in (source_BSD, place, null))
         key = torch.cat([key_null, take_sources(key_BSD, source_BN), key_place], dim=1)
@@ -229,7 +228,7 @@ class BrainloomEncoder(GradientCheckpointingLayer):
         """How many sources, and places of the screen, are visible (B, 1, 1); at least one."""
         shown_BN = key_mask_BT[:, 1 : 1 + source_BN.shape[1]].float()
         seen_BS = shown_BN.new_zeros(len(source_BN), num_sources).scatter_reduce(1, source_BN, shown_BN, "amax")
-        places_B = self.patches.position_embed.shape[0] * frame_mask_BF.any(1)
+        places_B = self.config.num_patches * frame_mask_BF.any(1)
         return (seen_BS.sum(1) + places_B).clamp(min=1)[:, None, None]
 
     def _keys(self, x_BTD: Tensor) -> Tensor:
@@ -238,7 +237,11 @@ class BrainloomEncoder(GradientCheckpointingLayer):
 
 
 class BrainloomDecoder(GradientCheckpointingLayer):
-    """What the latents say at each time of a regular grid, as features that every source reads in its own way."""
+    """What the latents say at each time of a regular grid, as features that every source reads in its own way.
+
+    The stimulus comes the short way too, from the frames themselves: receptive fields are much finer than what the
+    few latents of a step can carry (a core and a modulator, as in Sinz 2018).
+    """
 
     def __init__(self, config: BrainloomConfig) -> None:
         super().__init__()
@@ -250,46 +253,43 @@ class BrainloomDecoder(GradientCheckpointingLayer):
         self.post_attention_layernorm = BrainloomRMSNorm(size, eps)
         self.mlp = BrainloomMLP(config)
         self.norm = BrainloomRMSNorm(size, eps)
+        self.frame_embed = nn.Parameter(torch.zeros(1, size))
+        self.frame_attn = BrainloomAttention(config)
+        self.frame_norm = BrainloomRMSNorm(size, eps)
         self.dropout = nn.Dropout(config.hidden_dropout)
-        self.source_layernorm = BrainloomRMSNorm(size, eps)
-        self.readout_proj = BrainloomZeroLinear(size, NUM_READOUTS * size, bias=False)
-        self.bias_proj = BrainloomZeroLinear(size, NUM_READOUTS)
 
-    def forward(self, latents_BLD: Tensor, latent_time_s: Tensor, identity_BSD: Tensor, context_s: float) -> Tensor:
-        """Readouts (B, S, G, R): of each source at each time of the grid, R numbers for its likelihood."""
+    def forward(
+        self,
+        latents_BLD: Tensor,
+        latent_time_s: Tensor,
+        frames_BTD: Tensor,
+        frame_time_BF: Tensor,
+        frame_mask_BF: Tensor,
+        context_s: float,
+    ) -> Tensor:
+        """Features (B, G, 2 D) at each time of the grid: what the latents say, and what is on the screen."""
         grid_s = time_grid(context_s, self.config.readout_hz, latents_BLD.device)
-        angles = rotary_angles(grid_s[None], self.config), rotary_angles(latent_time_s[None], self.config)
+        grid_angles = rotary_angles(grid_s[None], self.config)
         x_BGD = self.time_embed.expand(latents_BLD.shape[0], len(grid_s), -1)
-        x_BGD = x_BGD + self.cross_attn(self.layernorm(x_BGD), latents_BLD, *angles)
-        x_BGD = self.dropout(self.norm(x_BGD + self.mlp(self.post_attention_layernorm(x_BGD))))
-        source_BSD = self.source_layernorm(identity_BSD)
-        weight = self.readout_proj(source_BSD).unflatten(-1, (NUM_READOUTS, -1)) / math.sqrt(x_BGD.shape[-1])
-        readout = torch.einsum("bsrd,bgd->bsgr", weight, x_BGD)
-        out: Tensor = readout + self.bias_proj(source_BSD)[:, :, None]
-        return out
+        latent_angles = rotary_angles(latent_time_s[None], self.config)
+        x_BGD = x_BGD + self.cross_attn(self.layernorm(x_BGD), latents_BLD, grid_angles, latent_angles)
+        x_BGD = self.norm(x_BGD + self.mlp(self.post_attention_layernorm(x_BGD)))
+        seen_BGD = self._read_frames(grid_angles, frames_BTD, frame_time_BF, frame_mask_BF)
+        features: Tensor = self.dropout(torch.cat([x_BGD, seen_BGD], dim=-1))
+        return features
 
-
-def time_grid(context_s: float, rate_hz: float, device: torch.device) -> Tensor:
-    """Middles of the steps of a regular grid over a window, seconds from its start."""
-    num_steps = round(context_s * rate_hz)
-    if num_steps < 1:
-        raise ValueError(f"context_s = {context_s} holds no step of {rate_hz} Hz. Give at least {1 / rate_hz} s.")
-    return (torch.arange(num_steps, device=device, dtype=torch.float32) + 0.5) / rate_hz
-
-
-def interpolate(readout_BSGR: Tensor, source_BQ: Tensor, time_BQP: Tensor, readout_hz: float) -> Tensor:
-    """Readouts (B, Q, P, R) of sources at any time, linear between the times of the grid, constant beyond its ends."""
-    num_times = readout_BSGR.shape[2]
-    place = (time_BQP * readout_hz - 0.5).clamp(0, num_times - 1)
-    lower = place.floor().clamp(max=max(0, num_times - 2))
-    index = (
-        (source_BQ[..., None] * num_times + lower.long()).flatten(1)[..., None].expand(-1, -1, readout_BSGR.shape[-1])
-    )
-    flat = readout_BSGR.flatten(1, 2)
-    below, above = (flat.gather(1, (index + step).clamp(max=flat.shape[1] - 1)) for step in (0, 1))
-    share = (place - lower).flatten(1)[..., None].to(flat.dtype)
-    values: Tensor = torch.lerp(below, above, share).unflatten(1, time_BQP.shape[1:])
-    return values
+    def _read_frames(self, grid_angles: Angles, frames_BTD: Tensor, time_BF: Tensor, mask_BF: Tensor) -> Tensor:
+        """What is on the screen around each time of the grid (B, G, D); zeros where nothing is, by a null that is."""
+        batch, num_times = len(frames_BTD), grid_angles[0].shape[1]
+        keys = F.pad(frames_BTD, (0, 0, 1, 0))
+        times = F.pad(time_BF.repeat_interleave(self.config.num_patches, dim=1), (1, 0))
+        shown = F.pad(mask_BF.repeat_interleave(self.config.num_patches, dim=1), (1, 0), value=True)
+        query = self.frame_embed.expand(batch, num_times, -1)
+        visible = key_mask(shown, self.config, num_times)
+        seen: Tensor = self.frame_norm(
+            self.frame_attn(query, keys, grid_angles, rotary_angles(times, self.config), visible)
+        )
+        return seen
 
 
 class BrainloomPreTrainedModel(PreTrainedModel):
@@ -319,7 +319,7 @@ class BrainloomPreTrainedModel(PreTrainedModel):
         parts = dict.fromkeys(("identity", "encoder", "trunk", "decoder"), 0)
         for name, parameter in self.named_parameters():
             first = name.removeprefix("model.").split(".")[0]
-            part = {"latent_embed": "encoder", "layers": "trunk", "norm": "trunk"}.get(first, first)
+            part = PART_OF.get(first, first)
             parts[part] += getattr(parameter, "ds_numel", parameter.numel())  # under ZeRO-3 a rank holds a piece
         return parts
 
@@ -328,6 +328,8 @@ class BrainloomPreTrainedModel(PreTrainedModel):
             nn.init.zeros_(module.weight)
             if module.bias is not None:
                 nn.init.zeros_(module.bias)
+        elif isinstance(module, BrainloomQuietLinear):
+            nn.init.normal_(module.weight, std=QUIET / math.sqrt(module.in_features))
         elif isinstance(module, nn.Linear):
             nn.init.normal_(module.weight, std=1 / math.sqrt(max(1, module.in_features)))
             if module.bias is not None:
@@ -348,6 +350,7 @@ class BrainloomModel(BrainloomPreTrainedModel):
         super().__init__(config)
         self.identity = BrainloomIdentity(config)
         self.latent_embed = nn.Parameter(torch.zeros(config.latents_per_step, config.hidden_size))
+        self.patches = BrainloomPatches(config)
         self.encoder = BrainloomEncoder(config)
         self.layers = nn.ModuleList(BrainloomLayer(config, index) for index in range(config.num_hidden_layers))
         self.norm = BrainloomRMSNorm(config.hidden_size, config.rms_norm_eps)
@@ -385,6 +388,7 @@ class BrainloomModel(BrainloomPreTrainedModel):
             context_s: length of the window in seconds; the configuration's if not given.
         """
         identity_BSD = self.identity(unit_embeds, unit_features, source_modality)
+        pixels, frame_time_s, frame_mask = in_order_of_time(pixels, frame_time_s, frame_mask)
         observed_BNP = input_observed & input_mask[..., None]
         values_BNP = torch.where(observed_BNP, input_values.to(identity_BSD.dtype), 0.0)
         batch, num_patches = len(pixels), self.config.num_patches
@@ -398,13 +402,14 @@ class BrainloomModel(BrainloomPreTrainedModel):
         latents = self.latent_embed.repeat(len(grid_s), 1)
         latent_time_s = grid_s.repeat_interleave(self.config.latents_per_step)
         angles = rotary_angles(latent_time_s[None], self.config)
+        patches = self.patches(pixels, frame_mask)
         x_BLD = self.encoder(
             latents.expand(batch, -1, -1),
             identity_BSD,
             values_BNP,
             own_history(values_BNP, input_source, token_time, identity_BSD.shape[1], length_s),
             input_source,
-            pixels,
+            patches,
             frame_mask,
             visible,
             angles,
@@ -414,7 +419,14 @@ class BrainloomModel(BrainloomPreTrainedModel):
         for layer in self.layers:
             x_BLD = layer(x_BLD, angles, near)
         latents_BLD = self.norm(x_BLD)
-        return BrainloomModelOutput(last_hidden_state=latents_BLD, latent_time_s=latent_time_s, identity=identity_BSD)
+        return BrainloomModelOutput(
+            last_hidden_state=latents_BLD,
+            latent_time_s=latent_time_s,
+            identity=identity_BSD,
+            frames=patches[0] + patches[1],
+            frame_time_s=torch.where(frame_mask, frame_time_s, 0.0),
+            frame_mask=frame_mask,
+        )
 
 
 class BrainloomForPreTraining(BrainloomPreTrainedModel):
@@ -424,6 +436,7 @@ class BrainloomForPreTraining(BrainloomPreTrainedModel):
         super().__init__(config)
         self.model = BrainloomModel(config)
         self.decoder = BrainloomDecoder(config)
+        self.readout = BrainloomReadout(config)
         self.likelihoods = Likelihoods(config.likelihoods)
         self.post_init()
 
@@ -476,9 +489,45 @@ class BrainloomForPreTraining(BrainloomPreTrainedModel):
             frame_mask=frame_mask,
             context_s=context_s,
         )
-        latents_BLD = outputs.last_hidden_state
         length_s = self.config.context_s if context_s is None else context_s
-        readout_BSGR = self.decoder(latents_BLD, outputs.latent_time_s, outputs.identity, length_s).float()
+        features = self.decoder(
+            outputs.last_hidden_state,
+            outputs.latent_time_s,
+            outputs.frames,
+            outputs.frame_time_s,
+            outputs.frame_mask,
+            length_s,
+        )
+        answered = self.answer(
+            features,
+            outputs.identity,
+            source_modality,
+            source_null,
+            query_source,
+            query_time_s,
+            query_sample_s,
+            labels,
+            label_mask,
+            coverage,
+        )
+        answered.last_hidden_state, answered.features = outputs.last_hidden_state, features
+        return answered
+
+    def answer(
+        self,
+        features: Tensor,
+        identity: Tensor,
+        source_modality: Tensor,
+        source_null: Tensor,
+        query_source: Tensor,
+        query_time_s: Tensor,
+        query_sample_s: Tensor,
+        labels: Tensor | None = None,
+        label_mask: Tensor | None = None,
+        coverage: float | None = None,
+    ) -> BrainloomPreTrainingOutput:
+        """What sources of these identities (B, S, D) say by features (B, G, 2 D); the rest is `forward`'s."""
+        readout_BSGR = self.readout(features, identity, source_modality == TRACES).float()
         modality_BQ = source_modality.gather(1, query_source)
         sample = torch.arange(self.config.samples_per_token, device=query_time_s.device)
         half_bin_BQ1 = 0.5 * (modality_BQ == SPIKES)[..., None]  # a count is of its bin, a trace of its instant
@@ -506,7 +555,6 @@ class BrainloomForPreTraining(BrainloomPreTrainedModel):
             interval=None if coverage is None else self.likelihoods.interval(coverage, readout, modality_BQ1),
             nats=nats,
             num_values=num_values,
-            last_hidden_state=latents_BLD,
         )
 
 

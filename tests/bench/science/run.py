@@ -1,7 +1,7 @@
-"""`make bench-science`: Brainloom on real recordings beside regressions, networks and POYO, by the fixed protocol.
+"""`make bench-science`: Brainloom on a synthetic brain, and on real recordings beside regressions, networks and POYO.
 
 In: the folder of real recordings (BRAINLOOM_NWB_DIR, or ../shared/nwb beside the repository). Out: predictions in
-runs/bench-science/<recording>/<task>.npz, and the section `make bench-science` of tests/bench/RESULTS.md.
+runs/bench-science/<recording>/<task>.npz, and two sections of tests/bench/RESULTS.md.
 What is there already is not made again: a run that was interrupted goes on.
 """
 
@@ -18,7 +18,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import torch
-from bench.science import brainloom, peer, protocol, results, windows
+from bench.science import brainloom, peer, protocol, results, synthetic, windows
 from bench.science.baselines import BASELINES, pairs
 from bench.science.brainloom import ROOT, TASKS, Hub
 from bench.science.recordings import NUM_FOLDS, Recording, read
@@ -108,13 +108,20 @@ def run_poyo(bench: Bench, fold: int | None) -> None:
         say(f"{bench.recording.name} {label(fold)}: {POYO} {task} in {cost.cpu_s:.0f} CPU s")
 
 
-def section(benches: list[Bench], folds: list[int]) -> str:
-    """The text of the section."""
+def origin() -> list[str]:
+    """When, where and with what."""
     libraries = ", ".join(f"{name} {version(name)}" for name in LIBRARIES)
-    head = [
-        "# Real recordings, by the fixed protocol",
+    return [
         f"`make bench-science`, {date.today().isoformat()}. Written by the run; do not edit.",
         f"{platform.machine()}, {os.cpu_count()} cores, no GPU. Python {platform.python_version()}, {libraries}.",
+    ]
+
+
+def section(benches: list[Bench], folds: list[int]) -> str:
+    """The text of the section."""
+    head = [
+        "# Real recordings, by the fixed protocol",
+        *origin(),
         "Brainloom: one checkpoint per recording and split, trained on the split's train blocks alone, asked as a hub "
         "folder (tests/bench/science/*.yaml; seed 0). MLP, GRU: the mean of three seeds, one network per task. POYO: "
         f"{peer.POYO.unfair}. Intervals are of 95 %, over resampled segments of contiguous windows.",
@@ -195,11 +202,19 @@ def recordings_folder() -> Path:
 def main() -> None:
     """Train, score, write."""
     parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--only", choices=["synthetic", "real"], help="one of the two halves")
     parser.add_argument("--recordings", nargs="+", choices=list(TASKS), default=list(TASKS))
     parser.add_argument("--folds", nargs="*", type=int, default=list(range(NUM_FOLDS)), help="beside the main split")
     parser.add_argument("--no-poyo", action="store_true", help="leave out the peer, whose environment pip makes")
     parser.add_argument("--out", type=Path, default=ROOT / "runs" / "bench-science")
     args = parser.parse_args()
+    target = ROOT / "tests" / "bench" / "RESULTS.md"
+    if args.only != "real":
+        results.write_section(
+            target, "make bench-science, synthetic", synthetic.section(args.out / "synthetic", origin())
+        )
+    if args.only == "synthetic":
+        return
     torch.set_num_threads(1)
     folder, benches = recordings_folder(), []
     for name in args.recordings:
@@ -213,7 +228,7 @@ def main() -> None:
             protocol.save(bench.out, task, bench.found[OURS, task, None])
         benches.append(bench)
     text = section(benches, args.folds)
-    results.write_section(ROOT / "tests" / "bench" / "RESULTS.md", "make bench-science", text)
+    results.write_section(target, "make bench-science", text)
     print(text)
 
 
