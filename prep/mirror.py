@@ -234,7 +234,7 @@ class Mirror:
         try:
             return fetch(f"{self.url}/{name}")[0]
         except NotThereError:
-            return None
+            return None  # not sent yet; every other answer is an error
 
     # ------------------------------------------------------------ the catalog
 

@@ -128,5 +128,5 @@ class Workforce(Adaptive):
         try:  # in a thread: a subprocess of the event loop would outlive a loop that is closed under it
             listed = await asyncio.to_thread(subprocess.run, words, capture_output=True, text=True, timeout=ANSWER_S)
         except (OSError, subprocess.TimeoutExpired):
-            return None
+            return None  # it is asked again; jobs count as running until it answers
         return None if listed.returncode else {line.split(".")[0].strip() for line in listed.stdout.splitlines()}

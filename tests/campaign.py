@@ -174,7 +174,7 @@ def workers_of(pid: int) -> list[int]:
 
 
 def cmdline(pid: int) -> bytes:
-    with contextlib.suppress(OSError):
+    with contextlib.suppress(OSError):  # it has ended, and has no command line
         return Path(f"/proc/{pid}/cmdline").read_bytes()
     return b""
 
@@ -187,7 +187,7 @@ def is_alive(pid: int) -> bool:
 
 
 def kill(pid: int) -> None:
-    with contextlib.suppress(ProcessLookupError):
+    with contextlib.suppress(ProcessLookupError):  # it has ended by itself
         os.kill(pid, signal.SIGKILL)
 
 

@@ -344,7 +344,7 @@ def their_cluster(folder: Path) -> Iterator[tuple[str, "subprocess.Popen[bytes]"
     try:
         yield address.read_text().split('"address": "')[1].split('"')[0], scheduler
     finally:
-        with contextlib.suppress(ProcessLookupError):
+        with contextlib.suppress(ProcessLookupError):  # the test has ended them
             os.killpg(workers.pid, signal.SIGKILL)
         scheduler.kill()
         workers.wait()

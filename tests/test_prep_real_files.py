@@ -70,7 +70,7 @@ try:
     for stimulus in session.stimuli:
         stimulus.reader.read(0, stimulus.shape[0])
 except PrepError:
-    pass
+    pass  # a file that is refused, too, must be refused within the memory
 print(int(re.search(r"VmHWM:\\s+(\\d+) kB", Path("/proc/self/status").read_text()).group(1)) / 1024)
 """
 

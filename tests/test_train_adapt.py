@@ -95,13 +95,12 @@ def test_new_units_are_inferred_and_nothing_else_changes(
 def test_the_inferred_rows_explain_more_of_the_support_than_no_rows(hub: Path, other: Path) -> None:
     adapted, known = open_hub(hub, Store(str(other)))
     starts = [int(adapted.store.entries[0]["splits"][0][0]) + i * 1_000_000_000 for i in range(10)]
-    segments = list(read_segments(adapted, 0, starts))
-    units = np.arange(6)
+    segments = list(read_segments(adapted, 0, starts, np.arange(6)))
     prior = Prior.of(known.rows[known.modality == 0])
-    rows = most_probable(adapted, segments, units, prior)
+    rows = most_probable(adapted, segments, 6, prior)
 
     def cost(rows: torch.Tensor) -> float:
-        found = sum(segment_nats(adapted, segment, torch.from_numpy(units), rows) for segment in segments)
+        found = sum(segment_nats(adapted, segment, rows) for segment in segments)
         return float(found + prior.nats(rows))
 
     assert cost(rows) < cost(prior.mean_E.expand(6, -1)) and cost(rows) < cost(torch.zeros_like(rows))

@@ -26,7 +26,6 @@ from train.trained import ADAPTED, Known, Trained, open_hub
 
 SHOWN_EVERY = 20
 FIT = OptimConfig(  # what a user asks of a model: activity from all that is known, behaviour, units from each other
-    lr=1e-9,
     unit_lr=0.03,
     warmup_steps=10,
     unit_dropout=0.0,
@@ -50,7 +49,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 def main(args: argparse.Namespace) -> int:
     """Match, infer, fit, export."""
-    if args.out.exists() and any(args.out.iterdir()) and not (args.out / ADAPTED).exists():
+    if args.out.exists() and {path.name for path in args.out.iterdir()} - {"hub", ADAPTED}:
         raise AdaptError(f"{args.out} is neither empty nor an adapted model. Give another --out.")
     trained, known = open_hub(args.hub, Store(args.store))
     unknown, matched = known.unknown, known.matched
@@ -76,8 +75,9 @@ def main(args: argparse.Namespace) -> int:
         "fit_steps": args.steps,
         "channels_by_name": matched,
     }
-    (args.out / ADAPTED).write_text(json.dumps(report, indent=1))
+    (args.out / ADAPTED).unlink(missing_ok=True)
     export.export(trained, args.out / "hub", None)
+    (args.out / ADAPTED).write_text(json.dumps(report, indent=1))  # last: a folder that has it is whole
     say(f"{args.out / 'hub'} has them all; score it with: make eval RUN_DIR={args.out}")
     return 0
 

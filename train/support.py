@@ -7,11 +7,13 @@ and covariance of the rows of the same modality; Robbins 1956).
 The features that every source reads do not depend on the units that are hidden, so that they are computed once, and
 what is left is one small regression per unit, on the model's own likelihood. Nothing of the model is trained.
 
-Shapes: U new units, E unit_embed_size, B windows of a batch, G times of the readout grid, D hidden_size.
+Shapes: U new units, F measured features of each, E unit_embed_size, B windows of a batch, G times of the readout grid,
+D hidden_size.
 """
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -19,10 +21,9 @@ import torch
 from torch import Tensor
 
 from prep.settings import ACTIVITY, MODALITIES
-from train.config import DataConfig
-from train.dataset import Window, budget, collate, make_sample
+from train.dataset import Window
 from train.evaluate import spread
-from train.masking import Mask, encoding, is_activity
+from train.masking import Mask, encoding
 from train.trained import Known, Trained
 
 BATCH = 16
@@ -57,10 +58,11 @@ class Prior:
 
 @dataclass(frozen=True)
 class Segment:
-    """Windows of the support: features that are read, and what the units did."""
+    """Some windows of the support: what is read, and what U new units of one modality did."""
 
     features_BGD: Tensor
-    batch: dict[str, Tensor]  # all windows hold all sources of the session, in the same order
+    unit_features_BUF: Tensor
+    asked: dict[str, Any]  # what `answer` takes beside features and identities
 
 
 def infer_rows(trained: Trained, session: int, known: Known, say: Callable[[str], None]) -> int:
@@ -70,49 +72,48 @@ def infer_rows(trained: Trained, session: int, known: Known, say: Callable[[str]
     starts = spread(trained, "train", session, MAX_WINDOWS)
     if not len(new) or not starts:
         return 0
-    segments = list(read_segments(trained, session, starts))
     for modality in np.unique(sources.modality[new]):
         own = new[sources.modality[new] == modality]
         rows = torch.from_numpy(sources.row[own])
         prior = Prior.of(known.rows[known.modality == int(modality)])
         say(f"{len(own)} {MODALITIES[modality]} units from {len(starts)} windows")
-        trained.table.weight[rows] = most_probable(trained, segments, own, prior)
+        segments = list(read_segments(trained, session, starts, own))
+        trained.table.weight[rows] = most_probable(trained, segments, len(own), prior)
     return len(starts)
 
 
 @torch.no_grad()
-def read_segments(trained: Trained, session: int, starts: list[int]) -> Iterator[Segment]:
-    """Features of the support windows, from stimulus and behaviour alone."""
-    context_s = trained.run.data.context_s
-    shape = budget(trained.store, support_data(trained, session), "encoding")
+def read_segments(trained: Trained, session: int, starts: list[int], units: npt.NDArray[np.int64]) -> Iterator[Segment]:
+    """Features of the support windows, from stimulus and behaviour alone, and what the units did."""
+    place = torch.full((len(trained.reader.sources(session).row),), -1, dtype=torch.int64)
+    place[units] = torch.arange(len(units))
+    chosen = torch.from_numpy(units)
     for first in range(0, len(starts), BATCH):
-        samples = []
-        for start in starts[first : first + BATCH]:
-            window = trained.reader.read(session, start, round(context_s * 1e9))
-            samples.append(make_sample(window, support_mask(window), shape))
-        batch = collate(samples)
-        embeds = trained.table.lookup(batch.pop("unit_rows")).detach()
-        trained.table.discard()
-        features = trained.model(unit_embeds=embeds, **batch).features
-        yield Segment(features.clone(), batch)
+        context_ns = round(trained.run.data.context_s * 1e9)
+        windows = [trained.reader.read(session, start, context_ns) for start in starts[first : first + BATCH]]
+        batch = trained.batch(windows, [support_mask(window, units) for window in windows])
+        features = trained.model(**batch).features
+        yield Segment(
+            features.clone(),
+            batch["unit_features"][:, chosen],
+            {
+                "source_modality": batch["source_modality"][:, chosen],
+                "source_null": batch["source_null"][:, chosen],
+                "query_source": place[batch["query_source"]].clamp(min=0),  # padding asks for nothing
+                **{name: batch[name] for name in ("query_time_s", "query_sample_s", "labels", "label_mask")},
+            },
+        )
 
 
-def support_data(trained: Trained, session: int) -> DataConfig:
-    """Every unit of the session, every token."""
-    return replace(trained.run.data, max_units=int(trained.store.entries[session]["num_units"]), max_queries=1 << 30)
-
-
-def support_mask(window: Window) -> Mask:
-    """All activity is asked; all else is seen."""
+def support_mask(window: Window, units: npt.NDArray[np.int64]) -> Mask:
+    """The new units are asked; no activity is seen, all else is."""
     mask = encoding(window.tokens, behavior=True, stimulus=True)
-    assert not (mask.visible & is_activity(window.tokens)).any()
-    return mask
+    return replace(mask, asked=mask.asked & np.isin(window.tokens.source, units))
 
 
-def most_probable(trained: Trained, segments: list[Segment], units: npt.NDArray[np.int64], prior: Prior) -> Tensor:
+def most_probable(trained: Trained, segments: list[Segment], num_units: int, prior: Prior) -> Tensor:
     """Rows (U, E) of the units with the least -log posterior, by L-BFGS (Liu & Nocedal 1989) from the prior's mean."""
-    place = torch.from_numpy(units)
-    rows = prior.mean_E.expand(len(units), -1).clone().requires_grad_(True)
+    rows = prior.mean_E.expand(num_units, -1).clone().requires_grad_(True)
     optimizer = torch.optim.LBFGS(
         [rows], max_iter=MAX_ITERATIONS, history_size=20, line_search_fn="strong_wolfe", tolerance_change=1e-6
     )
@@ -122,7 +123,7 @@ def most_probable(trained: Trained, segments: list[Segment], units: npt.NDArray[
         total = prior.nats(rows)
         total.backward()
         for segment in segments:
-            part = segment_nats(trained, segment, place, rows)
+            part = segment_nats(trained, segment, rows)
             part.backward()
             total = total.detach() + part.detach()
         return total
@@ -131,25 +132,11 @@ def most_probable(trained: Trained, segments: list[Segment], units: npt.NDArray[
     return rows.detach()
 
 
-def segment_nats(trained: Trained, segment: Segment, place_U: Tensor, rows_UE: Tensor) -> Tensor:
+def segment_nats(trained: Trained, segment: Segment, rows_UE: Tensor) -> Tensor:
     """NLL - NLL_null of the units' samples in the segment, summed: without weights and tempering."""
-    batch, model = segment.batch, trained.model
-    num = len(segment.features_BGD)
-    modality = batch["source_modality"][:, place_U]
-    identity = model.model.identity(rows_UE.expand(num, -1, -1), batch["unit_features"][:, place_U], modality)
-    where = torch.full((batch["source_modality"].shape[1],), -1, dtype=torch.int64)
-    where[place_U] = torch.arange(len(place_U))
-    source = where[batch["query_source"]]
-    answered = model.answer(
-        segment.features_BGD,
-        identity,
-        modality,
-        batch["source_null"][:, place_U],
-        source.clamp(min=0),
-        batch["query_time_s"],
-        batch["query_sample_s"],
-        batch["labels"],
-        batch["label_mask"] & (source >= 0)[..., None],
-    )
-    assert answered.nats is not None
-    return answered.nats.sum()
+    rows_BUE = rows_UE.expand(len(segment.features_BGD), -1, -1)
+    model = trained.model
+    identity = model.model.identity(rows_BUE, segment.unit_features_BUF, segment.asked["source_modality"])
+    nats = model.answer(segment.features_BGD, identity, **segment.asked).nats
+    assert nats is not None
+    return nats.sum()

@@ -37,6 +37,14 @@ class Trained:
 
     def predict(self, windows: list[Window], masks: list[Mask]) -> list[npt.NDArray[np.float32]]:
         """Predictions (n asked, P) of each window, in the model's units."""
+        batch = self.batch(windows, masks)
+        del batch["labels"], batch["label_mask"]
+        with torch.inference_mode():
+            predictions = self.model(**batch).predictions.numpy()
+        return [p[: int(mask.asked.sum())] for p, mask in zip(predictions, masks, strict=True)]
+
+    def batch(self, windows: list[Window], masks: list[Mask]) -> dict[str, torch.Tensor]:
+        """The model's arguments for windows under masks, in the smallest shape that holds them all."""
         largest = [
             max(len(window.sources.row) for window in windows),
             max(1, *(int(mask.visible.sum()) for mask in masks)),
@@ -47,10 +55,7 @@ class Trained:
         batch = collate(samples)
         embeds = self.table.lookup(batch.pop("unit_rows")).detach()
         self.table.discard()
-        del batch["labels"], batch["label_mask"]
-        with torch.inference_mode():
-            predictions = self.model(unit_embeds=embeds, **batch).predictions.numpy()
-        return [p[: int(mask.asked.sum())] for p, mask in zip(predictions, masks, strict=True)]
+        return {"unit_embeds": embeds, **batch}
 
 
 def load_trained(run_dir: Path) -> Trained:

@@ -272,7 +272,7 @@ def _same_pulses(reference: Train, other: Train) -> ClockMap | None:
     try:
         found = match_clocks(reference.time_s, other.time_s)
     except PrepError:
-        return None
+        return None  # no map between them: not two records of one train
     num_matched = len(found.other_s)
     if num_matched < max(MIN_EVENTS, MATCHED_SHARE * max(len(reference.time_s), len(other.time_s))):
         return None

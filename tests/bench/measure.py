@@ -103,6 +103,6 @@ def descendants(pid: int) -> list[int]:
     """Children of a process, and theirs."""
     found = []
     for path in Path(f"/proc/{pid}/task").glob("*/children"):
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError):  # the process has ended since
             found += [int(child) for child in path.read_text().split()]
     return found + [below for child in found for below in descendants(child)]
