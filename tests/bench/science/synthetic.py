@@ -23,7 +23,7 @@ from prep.brain_draw import Kind, SessionSpec
 from prep.ceiling import save_references
 from prep.store import Store
 from prep.synthetic import Session, references, synthesize, write_session
-from train import evaluate
+from train import config, evaluate
 from train.trained import load_trained
 
 TRAIN_SEED, NEW_SEED = 0, 1000
@@ -241,11 +241,14 @@ def section(folder: Path, origin: list[str]) -> str:
     torch.set_num_threads(2)
     rows, minutes = main_rows(folder)
     size = json.loads((folder / "main" / "run" / "environment.json").read_text())
+    steps = config.load(folder / "main" / "run" / "config.yaml").train.num_steps
     names = [f"{task} of {modality}, {visible} visible" for modality, task, visible in SCALING_TASKS]
     parts = [
         "# A synthetic brain: how much of what can be known",
         *origin,
-        ABOUT.format(minutes=minutes, core=size["num_parameters_core"], units=size["num_parameters_units"]),
+        ABOUT.format(
+            steps=steps, minutes=minutes, core=size["num_parameters_core"], units=size["num_parameters_units"]
+        ),
         results.table(HEAD, rows),
         f"Sizes and amounts of data, {SCALING_STEPS} steps each, all asked about the test splits of the long sessions; "
         "shares of the ceiling:",
@@ -256,7 +259,7 @@ def section(folder: Path, origin: list[str]) -> str:
 
 ABOUT = f"""Trained on {len(TRAINED)} sessions of {LONG_S:.0f} s ({NUM_SEEN} units of each of
 {KINDS.count("spikes")} with spikes, 100 ROIs of each of {KINDS.count("traces")}), seed {TRAIN_SEED}, in
-{{minutes:.1f}} minutes on two cores: {{core:,}} core parameters, {{units:,}} in the unit table. New
+{{steps:,}} steps, {{minutes:.1f}} minutes on two cores: {{core:,}} core parameters, {{units:,}} in the unit table. New
 subjects: {len(NEW)} sessions of {NEW_S:.0f} s, seed {NEW_SEED}, with a brain and a movie of their own.
 Explained: D2 of counts, R2 of traces and behaviour, on the test split. Ceiling: the best that anybody
 can do who knows the brain; exact for encoding, a bound that nobody reaches for the rest. Linear:
