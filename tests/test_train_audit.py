@@ -242,8 +242,11 @@ def test_the_first_samples_mask_for_all_of_a_batch_is_caught(
     """Copied when the batch is made: with decoding, too, whose masks are no draws."""
 
     def copied(samples: list[dict[str, Any]]) -> Any:
-        names = ("input_mask", "input_source", "input_time_s", "query_source", "query_time_s", "label_mask")
-        first = {name: samples[0][name] for name in (*names, "frame_mask")}
+        names = ("query_source", "query_time_s", "label_mask", "frame_mask")
+        shown = [
+            name for name in samples[0] if name.startswith("input_") and name not in ("input_values", "input_observed")
+        ]
+        first = {name: samples[0][name] for name in (*names, *shown)}
         return collate([{**sample, **first} for sample in samples])
 
     monkeypatch.setattr(audit_training, "collate", copied)

@@ -51,6 +51,8 @@ def arguments(config: BrainloomConfig, shape: Shape, dtype: torch.dtype = torch.
         "input_observed": (torch.bool, (tokens, samples)),
         "input_source": (torch.int64, (tokens,)),
         "input_time_s": (torch.float32, (tokens,)),
+        "input_start_s": (torch.float32, (tokens,)),
+        "input_sample_s": (torch.float32, (tokens,)),
         "input_mask": (torch.bool, (tokens,)),
         "pixels": (dtype, (frames, *config.image_size)),
         "frame_time_s": (torch.float32, (frames,)),

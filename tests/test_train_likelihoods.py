@@ -68,7 +68,7 @@ def by_scipy(family: str, readout: Readout) -> Any:
     if family == "gaussian":
         return stats.norm(location, std)
     if family == "calcium":
-        return stats.norm(location + logit, std)
+        return stats.norm(location + shape, std)
     if family == "student_t":
         freedom = 2 + 6 * np.exp(3 * np.tanh(shape / 3))
         return stats.t(freedom, location, std * np.sqrt((freedom - 2) / freedom))

@@ -30,7 +30,7 @@ def test_only_what_leaks_is_integrated_with_its_decay() -> None:
     with torch.no_grad():
         readout.decay_proj.weight.zero_()
         readout.decay_proj.bias.zero_()
-    features, identity = torch.randn(1, 20, 64), torch.randn(1, 2, 32)
+    features, identity = torch.randn(1, 20, 96), torch.randn(1, 2, 32)
     leaks = torch.tensor([[True, False]])
     leaked, plain = readout(features, identity, leaks), readout(features, identity, ~leaks)
     assert torch.equal(leaked[..., :-1], plain[..., :-1])

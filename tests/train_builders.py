@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from safetensors.torch import save_file
 from store_builders import FRAMES_SHAPE, Pixels, SmallShards, Values, session, target, write_plan
+from torch import Tensor
 
 from prep import catalog
 from prep.plan import IntervalTable, PlannedStream, SessionPlan, Units
@@ -185,6 +186,11 @@ def moved_trained(store: Path, run: RunConfig) -> Trained:
     reader = reader_of(store, run)
     table = UnitTable(reader.source_table.keys, model_config(run).unit_embed_size, torch.device("cpu"))
     return Trained(run, reader.store, moved_model(run), table, reader)
+
+
+def apart(before: Tensor, after: Tensor) -> float:
+    """Largest difference, relative to the largest prediction where that is above 1, as the audit has it."""
+    return float((after - before).abs().max() / before.abs().max().clamp(min=1))
 
 
 def batch_of(

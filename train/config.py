@@ -35,14 +35,14 @@ PRESETS: dict[str, dict[str, Any]] = {
     },
     "20m": {
         "hidden_size": 384,
-        "num_hidden_layers": 10,
+        "num_hidden_layers": 8,
         "num_attention_heads": 6,
         "intermediate_size": 1024,
         "unit_embed_size": 128,
     },
     "80m": {
         "hidden_size": 768,
-        "num_hidden_layers": 10,
+        "num_hidden_layers": 8,
         "num_attention_heads": 12,
         "intermediate_size": 2048,
         "unit_embed_size": 128,

@@ -304,6 +304,8 @@ def make_sample(
         "input_observed": pad(window.observed[inputs], shape.num_inputs),
         "input_source": pad(tokens.source[inputs], shape.num_inputs),
         "input_time_s": pad(middle_s[inputs], shape.num_inputs),
+        "input_start_s": pad(tokens.start_s[inputs].astype(np.float32), shape.num_inputs),
+        "input_sample_s": pad(window.sample_s[inputs], shape.num_inputs, 1.0),
         "input_mask": pad(np.ones(len(inputs), np.bool_), shape.num_inputs),
         "pixels": pad(window.pixels[frames], shape.num_frames),
         "frame_time_s": pad(window.frame_time_s[frames], shape.num_frames),

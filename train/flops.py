@@ -15,8 +15,11 @@ from pathlib import Path
 from train.build import model_config
 from train.config import RunConfig, load
 from train.model.configuration_brainloom import MODALITIES, BrainloomConfig
+from train.model.decoder_brainloom import NUM_BLOCKS
 from train.model.history_brainloom import NUM_SUMS
-from train.model.likelihoods_brainloom import NUM_READOUTS
+from train.model.readout_brainloom import NUM_MOMENTS
+from train.model.surround_brainloom import NUM_OWN
+from train.model.surround_brainloom import NUM_SUMS as NUM_AROUND
 
 PARTS = ("identity", "encoder", "trunk", "decoder")
 TOKENS_PER_S = 10  # of each unit (prep: a token is 100 ms)
@@ -24,9 +27,9 @@ H100_FLOPS, UTILISATION = 989e12, 0.4  # dense bf16; what is assumed of it
 BYTES = {"bf16": 2, "fp32": 4}
 STATE_BYTES = {"bf16": 2 + 2 + 4 + 8, "fp32": 4 + 4 + 4 + 8}  # weights, gradients, masters, Adam's two moments
 # What autograd keeps, in vectors of hidden_size: of a latent in a layer of the trunk, a time of the readout, a token, a
-# source, a patch.
+# source, a patch; and in single numbers, of a source at a time of the readout.
 # Found by counting what the debug model saves (sdpa, no gradient checkpointing).
-KEPT = {"bf16": (33.0, 76.3, 4.7, 32.0, 34.1), "fp32": (24.9, 53.6, 4.5, 21.9, 30.6)}
+KEPT = {"bf16": (33.0, 114.2, 4.8, 29.6, 36.0, 41.8), "fp32": (24.9, 88.6, 4.5, 19.2, 31.5, 40.4)}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,14 +69,18 @@ def parameters(config: BrainloomConfig) -> dict[str, int]:
     head = width // config.num_attention_heads
     attention, mlp = 4 * width**2 + 3 * head, 3 * width * inner
     patches = (config.frames_per_patch * config.patch_size**2 + 1 + width) * 2 * width + config.num_patches * width
-    readout = 2 * width * width * NUM_READOUTS + (width + 1) * NUM_READOUTS
+    readout = (
+        3 * width * width * config.num_readouts + (width + 1) * config.num_readouts + width * NUM_MOMENTS * NUM_OWN
+    )
+    channels = config.population_channels
+    population = width * channels + NUM_AROUND * channels * width + 3 * width + NUM_BLOCKS * (mlp + width)
     samples = (config.samples_per_token + NUM_SUMS) * width
     latents = config.latents_per_step * width
     return {
         "identity": (config.num_unit_features + 1) * row + row**2 + row * width + len(MODALITIES) * width,
         "encoder": attention + mlp + patches + samples + latents + 3 * width,  # a null key and two norms
         "trunk": config.num_hidden_layers * (attention + mlp + 2 * width) + width,
-        "decoder": 2 * attention + mlp + readout + 7 * width,  # two embeddings and five norms
+        "decoder": 2 * attention + mlp + readout + population + 8 * width,  # two embeddings and six norms
     }
 
 
@@ -108,9 +115,16 @@ def products(config: BrainloomConfig, shape: Shape) -> dict[str, list[Product]]:
             *(Product(times, width, width),) * 2,
             *(Product(1 + patches, width, width),) * 2,
             *_reading(config, times, 1 + patches),
-            Product(sources, width, NUM_READOUTS * 2 * width),
-            Product(sources * NUM_READOUTS, 2 * width, times),
-            Product(sources, width, NUM_READOUTS),
+            Product(sources, width, config.population_channels),
+            Product(times * NUM_AROUND, sources, config.population_channels, learns=False),
+            Product(times, NUM_AROUND * config.population_channels, width),
+            Product(times, 2, width, learns=False),
+            *NUM_BLOCKS * [*_mlp(config, times)],
+            Product(sources, width, config.num_readouts * 3 * width),
+            Product(sources * config.num_readouts, 3 * width, times),
+            Product(sources, width, config.num_readouts),
+            Product(sources, width, NUM_MOMENTS * NUM_OWN),
+            Product(sources * NUM_MOMENTS, NUM_OWN, times, learns=False),
         ],
     }
 
@@ -157,10 +171,11 @@ def activation_bytes(config: BrainloomConfig, shape: Shape, precision: str) -> f
     """What autograd keeps of a batch between forward and backward pass."""
     latents = round(shape.context_s * config.latent_hz) * config.latents_per_step
     times = round(shape.context_s * config.readout_hz)
-    of_latent, of_time, of_token, of_source, of_patch = KEPT[precision]
+    of_latent, of_time, of_token, of_source, of_patch, of_pair = KEPT[precision]
     vectors = of_latent * config.num_hidden_layers * latents + of_time * times
     vectors += of_token * shape.tokens + of_source * shape.sources + of_patch * shape.frames * config.num_patches
-    return vectors * shape.batch * config.hidden_size * BYTES[precision]
+    numbers = vectors * config.hidden_size + of_pair * shape.sources * times
+    return numbers * shape.batch * BYTES[precision]
 
 
 def summary(run: RunConfig, num_gpus: int) -> str:

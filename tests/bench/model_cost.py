@@ -44,6 +44,8 @@ def window(config: BrainloomConfig, units: int, device: str, seed: int = 0) -> d
         "input_observed": observed,
         "input_source": source,
         "input_time_s": start_s + 0.05,
+        "input_start_s": start_s,
+        "input_sample_s": torch.full((tokens,), 0.02),
         "input_mask": torch.ones(tokens, dtype=torch.bool),
         "pixels": torch.zeros(1, *config.image_size),
         "frame_time_s": torch.zeros(1),

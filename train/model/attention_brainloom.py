@@ -37,6 +37,21 @@ class BrainloomRMSNorm(nn.Module):
         return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
 
 
+class BrainloomMLP(nn.Module):
+    """SwiGLU (Shazeer 2020)."""
+
+    def __init__(self, config: BrainloomConfig, output: type[nn.Linear] = nn.Linear) -> None:
+        super().__init__()
+        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.down_proj = output(config.intermediate_size, config.hidden_size, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(…, D) to (…, D)."""
+        down: Tensor = self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        return down
+
+
 def rotary_angles(time_s: Tensor, config: BrainloomConfig) -> Angles:
     """Cos and sin of the rotary phase (…, C/2) of times in seconds: RoPE (Su 2021) on real time, not on an index."""
     num_pairs = config.hidden_size // config.num_attention_heads // 2

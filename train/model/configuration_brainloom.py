@@ -13,6 +13,14 @@ LIKELIHOODS = {  # what each modality's values may be drawn from; the first is t
     "traces": ("gaussian", "calcium", "student_t", "zero_inflated_gamma"),
     "behavior": ("gaussian", "student_t"),
 }
+NUM_NUMBERS = {  # of a readout that a family needs, of (location, log scale, shape, zero logit)
+    "poisson": 1,
+    "gaussian": 2,
+    "calcium": 3,
+    "student_t": 3,
+    "negative_binomial": 3,
+    "zero_inflated_gamma": 4,
+}
 
 
 class BrainloomConfig(PretrainedConfig):
@@ -36,6 +44,8 @@ class BrainloomConfig(PretrainedConfig):
             global.
         global_every: every how many layers one is global all the same; the last one of each group.
         readout_hz: times per second at which the latents are read out; between them predictions are interpolated.
+        population_channels: sums over the population, each weighed in its own way, that readouts see directly.
+        population_dropout: how often such a sum is left out in training.
         rope_min_period_s, rope_max_period_s: range of the rotary periods in seconds.
         likelihoods: family of each modality's values, of those in LIKELIHOODS; what is not named is the default.
         hidden_dropout: how often a feature is left out in training: of latents that have read, and of what is read out.
@@ -65,6 +75,8 @@ class BrainloomConfig(PretrainedConfig):
         local_window_s: float | None = None,
         global_every: int = 4,
         readout_hz: float = 50.0,
+        population_channels: int = 64,
+        population_dropout: float = 0.0,
         rope_min_period_s: float = 0.1,
         rope_max_period_s: float = 60.0,
         likelihoods: dict[str, str] | None = None,
@@ -109,6 +121,8 @@ class BrainloomConfig(PretrainedConfig):
         self.local_window_s = local_window_s
         self.global_every = global_every
         self.readout_hz = readout_hz
+        self.population_channels = population_channels
+        self.population_dropout = population_dropout
         self.rope_min_period_s = rope_min_period_s
         self.rope_max_period_s = rope_max_period_s
         self.likelihoods = chosen
@@ -119,6 +133,11 @@ class BrainloomConfig(PretrainedConfig):
         self.rms_norm_eps = rms_norm_eps
         self.initializer_range = initializer_range
         super().__init__(**kwargs)
+
+    @property
+    def num_readouts(self) -> int:
+        """Numbers R that a readout has: as many as the family that needs most."""
+        return max(NUM_NUMBERS[family] for family in self.likelihoods.values())
 
     @property
     def num_patches(self) -> int:

@@ -57,8 +57,8 @@ class Readout:
 
     @classmethod
     def of(cls, numbers: Tensor, null: Tensor, rate_limit: float) -> "Readout":
-        """Of numbers (…, NUM_READOUTS) as the model read them out."""
-        location, log_scale, shape, zero_logit = numbers.unbind(-1)
+        """Of numbers (…, R) as the model read them out; those that no family needs are zero."""
+        location, log_scale, shape, zero_logit = F.pad(numbers, (0, NUM_READOUTS - numbers.shape[-1])).unbind(-1)
         return cls(location, bounded(log_scale, LOG_SCALE_LIMIT), shape, zero_logit, null, rate_limit)
 
     def of_null(self) -> "Readout":
@@ -147,12 +147,12 @@ class Calcium(Gaussian):
     """Values around a mean of which a part is an integral of a rate that grows by factors.
 
     What multiplies in the brain adds up in the log of the rate; calcium of a unit whose rate is a product of tuning
-    curves is no sum of any, and no readout that is linear in features would find it. The fourth readout is the rate's
+    curves is no sum of any, and no readout that is linear in features would find it. The third number is the rate's
     growth over its mean, integrated (readout_brainloom.py); it adds to the location.
     """
 
     def expected(self, readout: Readout) -> Tensor:
-        return readout.location + readout.zero_logit
+        return readout.location + readout.shape
 
     def nll(self, values: Tensor, readout: Readout) -> Tensor:
         return super().nll(values, replace(readout, location=self.expected(readout)))

@@ -28,6 +28,7 @@ from .attention_brainloom import (
     Angles,
     AttentionMask,
     BrainloomAttention,
+    BrainloomMLP,
     BrainloomRMSNorm,
     attend,
     key_mask,
@@ -36,6 +37,7 @@ from .attention_brainloom import (
     rotate,
 )
 from .configuration_brainloom import MODALITIES, BrainloomConfig
+from .decoder_brainloom import BrainloomDecoder
 from .history_brainloom import NUM_SUMS, own_history
 from .likelihoods_brainloom import Likelihoods, Readout, sum_by_modality
 from .readout_brainloom import (
@@ -47,6 +49,7 @@ from .readout_brainloom import (
     time_grid,
 )
 from .stimulus_brainloom import BrainloomPatches, in_order_of_time
+from .surround_brainloom import Surround, surround
 
 PART_OF = {  # in which part of the model what is not named like it is counted
     "latent_embed": "encoder",
@@ -69,6 +72,7 @@ class BrainloomModelOutput(ModelOutput):
         identity: of each source (B, S, D).
         frames: the stimulus (B, F * M, D), each patch with those before it and its place on the screen.
         frame_time_s, frame_mask: of the frames (B, F), in the order of time, those that are not visible last.
+        around: what each source did around each time of the readout grid.
     """
 
     last_hidden_state: Tensor | None = None
@@ -77,6 +81,7 @@ class BrainloomModelOutput(ModelOutput):
     frames: Tensor | None = None
     frame_time_s: Tensor | None = None
     frame_mask: Tensor | None = None
+    around: Surround | None = None
 
 
 @dataclass
@@ -91,7 +96,7 @@ class BrainloomPreTrainingOutput(ModelOutput):
         nats: sum of NLL - NLL_null per sample and modality (B, 3).
         num_values: observed values behind `nats` (B, 3).
         last_hidden_state: latents (B, L, D).
-        features: what every source reads (B, G, 2 D), at the times of the readout grid.
+        features: what every source reads (B, G, 3 D), at the times of the readout grid.
     """
 
     loss: Tensor | None = None
@@ -102,21 +107,6 @@ class BrainloomPreTrainingOutput(ModelOutput):
     num_values: Tensor | None = None
     last_hidden_state: Tensor | None = None
     features: Tensor | None = None
-
-
-class BrainloomMLP(nn.Module):
-    """SwiGLU (Shazeer 2020)."""
-
-    def __init__(self, config: BrainloomConfig, output: type[nn.Linear] = nn.Linear) -> None:
-        super().__init__()
-        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.down_proj = output(config.intermediate_size, config.hidden_size, bias=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(…, D) to (…, D)."""
-        down: Tensor = self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
-        return down
 
 
 class BrainloomLayer(GradientCheckpointingLayer):
@@ -236,62 +226,6 @@ class BrainloomEncoder(GradientCheckpointingLayer):
         return key.flatten(2)
 
 
-class BrainloomDecoder(GradientCheckpointingLayer):
-    """What the latents say at each time of a regular grid, as features that every source reads in its own way.
-
-    The stimulus comes the short way too, from the frames themselves: receptive fields are much finer than what the
-    few latents of a step can carry (a core and a modulator, as in Sinz 2018).
-    """
-
-    def __init__(self, config: BrainloomConfig) -> None:
-        super().__init__()
-        size, eps = config.hidden_size, config.rms_norm_eps
-        self.config = config
-        self.time_embed = nn.Parameter(torch.zeros(1, size))
-        self.layernorm = BrainloomRMSNorm(size, eps)
-        self.cross_attn = BrainloomAttention(config)
-        self.post_attention_layernorm = BrainloomRMSNorm(size, eps)
-        self.mlp = BrainloomMLP(config)
-        self.norm = BrainloomRMSNorm(size, eps)
-        self.frame_embed = nn.Parameter(torch.zeros(1, size))
-        self.frame_attn = BrainloomAttention(config)
-        self.frame_norm = BrainloomRMSNorm(size, eps)
-        self.dropout = nn.Dropout(config.hidden_dropout)
-
-    def forward(
-        self,
-        latents_BLD: Tensor,
-        latent_time_s: Tensor,
-        frames_BTD: Tensor,
-        frame_time_BF: Tensor,
-        frame_mask_BF: Tensor,
-        context_s: float,
-    ) -> Tensor:
-        """Features (B, G, 2 D) at each time of the grid: what the latents say, and what is on the screen."""
-        grid_s = time_grid(context_s, self.config.readout_hz, latents_BLD.device)
-        grid_angles = rotary_angles(grid_s[None], self.config)
-        x_BGD = self.time_embed.expand(latents_BLD.shape[0], len(grid_s), -1)
-        latent_angles = rotary_angles(latent_time_s[None], self.config)
-        x_BGD = x_BGD + self.cross_attn(self.layernorm(x_BGD), latents_BLD, grid_angles, latent_angles)
-        x_BGD = self.norm(x_BGD + self.mlp(self.post_attention_layernorm(x_BGD)))
-        seen_BGD = self._read_frames(grid_angles, frames_BTD, frame_time_BF, frame_mask_BF)
-        features: Tensor = self.dropout(torch.cat([x_BGD, seen_BGD], dim=-1))
-        return features
-
-    def _read_frames(self, grid_angles: Angles, frames_BTD: Tensor, time_BF: Tensor, mask_BF: Tensor) -> Tensor:
-        """What is on the screen around each time of the grid (B, G, D); zeros where nothing is, by a null that is."""
-        batch, num_times = len(frames_BTD), grid_angles[0].shape[1]
-        keys = F.pad(frames_BTD, (0, 0, 1, 0))
-        times = F.pad(time_BF.repeat_interleave(self.config.num_patches, dim=1), (1, 0))
-        shown = F.pad(mask_BF.repeat_interleave(self.config.num_patches, dim=1), (1, 0), value=True)
-        query = self.frame_embed.expand(batch, num_times, -1)
-        visible = key_mask(shown, self.config, num_times)
-        seen: Tensor = self.frame_norm(
-            self.frame_attn(query, keys, grid_angles, rotary_angles(times, self.config), visible)
-        )
-        return seen
-
-
 class BrainloomPreTrainedModel(PreTrainedModel):
     """Loading, saving and initialising, by transformers."""
 
@@ -324,14 +258,9 @@ class BrainloomPreTrainedModel(PreTrainedModel):
         return parts
 
     def _init_weights(self, module: nn.Module) -> None:
-        if isinstance(module, BrainloomZeroLinear):
-            nn.init.zeros_(module.weight)
-            if module.bias is not None:
-                nn.init.zeros_(module.bias)
-        elif isinstance(module, BrainloomQuietLinear):
-            nn.init.normal_(module.weight, std=QUIET / math.sqrt(module.in_features))
-        elif isinstance(module, nn.Linear):
-            nn.init.normal_(module.weight, std=1 / math.sqrt(max(1, module.in_features)))
+        if isinstance(module, nn.Linear):
+            size = {BrainloomZeroLinear: 0.0, BrainloomQuietLinear: QUIET}.get(type(module), 1.0)
+            nn.init.normal_(module.weight, std=size / math.sqrt(max(1, module.in_features)))
             if module.bias is not None:
                 nn.init.zeros_(module.bias)
         elif isinstance(module, BrainloomRMSNorm):
@@ -365,6 +294,8 @@ class BrainloomModel(BrainloomPreTrainedModel):
         input_observed: Tensor,
         input_source: Tensor,
         input_time_s: Tensor,
+        input_start_s: Tensor,
+        input_sample_s: Tensor,
         input_mask: Tensor,
         pixels: Tensor,
         frame_time_s: Tensor,
@@ -381,6 +312,8 @@ class BrainloomModel(BrainloomPreTrainedModel):
             input_observed: which of them exist (B, N, P), bool.
             input_source: source of each token (B, N), an index into S.
             input_time_s: middle of each token (B, N), seconds from the window's start.
+            input_start_s: when its first sample starts (B, N).
+            input_sample_s: seconds between its samples (B, N).
             input_mask: which tokens are visible (B, N), bool; the others may hold anything, NaN too.
             pixels: stimulus frames (B, F, H, W), standardised.
             frame_time_s: when each frame came on (B, F).
@@ -416,6 +349,20 @@ class BrainloomModel(BrainloomPreTrainedModel):
             rotary_angles(key_time, self.config),
         )
         near = local_mask(latent_time_s, self.config)
+        is_spikes_BS = source_modality == SPIKES
+        around = surround(
+            values_BNP,
+            observed_BNP,
+            input_source,
+            torch.where(
+                input_mask[..., None],
+                sample_times(input_start_s, input_sample_s, is_spikes_BS.gather(1, input_source), values_BNP.shape[-1]),
+                0.0,
+            ),
+            is_spikes_BS,
+            len(time_grid(length_s, self.config.readout_hz, input_mask.device)),
+            self.config.readout_hz,
+        )
         for layer in self.layers:
             x_BLD = layer(x_BLD, angles, near)
         latents_BLD = self.norm(x_BLD)
@@ -426,6 +373,7 @@ class BrainloomModel(BrainloomPreTrainedModel):
             frames=patches[0] + patches[1],
             frame_time_s=torch.where(frame_mask, frame_time_s, 0.0),
             frame_mask=frame_mask,
+            around=around,
         )
 
 
@@ -450,6 +398,8 @@ class BrainloomForPreTraining(BrainloomPreTrainedModel):
         input_observed: Tensor,
         input_source: Tensor,
         input_time_s: Tensor,
+        input_start_s: Tensor,
+        input_sample_s: Tensor,
         input_mask: Tensor,
         pixels: Tensor,
         frame_time_s: Tensor,
@@ -483,6 +433,8 @@ class BrainloomForPreTraining(BrainloomPreTrainedModel):
             input_observed=input_observed,
             input_source=input_source,
             input_time_s=input_time_s,
+            input_start_s=input_start_s,
+            input_sample_s=input_sample_s,
             input_mask=input_mask,
             pixels=pixels,
             frame_time_s=frame_time_s,
@@ -496,6 +448,8 @@ class BrainloomForPreTraining(BrainloomPreTrainedModel):
             outputs.frames,
             outputs.frame_time_s,
             outputs.frame_mask,
+            outputs.identity,
+            outputs.around,
             length_s,
         )
         answered = self.answer(
@@ -509,6 +463,7 @@ class BrainloomForPreTraining(BrainloomPreTrainedModel):
             labels,
             label_mask,
             coverage,
+            outputs.around.own,
         )
         answered.last_hidden_state, answered.features = outputs.last_hidden_state, features
         return answered
@@ -525,13 +480,12 @@ class BrainloomForPreTraining(BrainloomPreTrainedModel):
         labels: Tensor | None = None,
         label_mask: Tensor | None = None,
         coverage: float | None = None,
+        own: Tensor | None = None,
     ) -> BrainloomPreTrainingOutput:
-        """What sources of these identities (B, S, D) say by features (B, G, 2 D); the rest is `forward`'s."""
-        readout_BSGR = self.readout(features, identity, source_modality == TRACES).float()
+        """What sources of these identities (B, S, D) say by features (B, G, 3 D); the rest is `forward`'s."""
+        readout_BSGR = self.readout(features, identity, source_modality == TRACES, own).float()
         modality_BQ = source_modality.gather(1, query_source)
-        sample = torch.arange(self.config.samples_per_token, device=query_time_s.device)
-        half_bin_BQ1 = 0.5 * (modality_BQ == SPIKES)[..., None]  # a count is of its bin, a trace of its instant
-        time_BQP = query_time_s[..., None] + (sample + half_bin_BQ1) * query_sample_s[..., None]
+        time_BQP = sample_times(query_time_s, query_sample_s, modality_BQ == SPIKES, self.config.samples_per_token)
         readouts = interpolate(readout_BSGR, query_source, time_BQP, self.config.readout_hz)
         null_BQ1 = source_null.gather(1, query_source).float()[..., None]
         readout = Readout.of(readouts, null_BQ1, self.config.log_rate_limit)
@@ -556,6 +510,13 @@ class BrainloomForPreTraining(BrainloomPreTrainedModel):
             nats=nats,
             num_values=num_values,
         )
+
+
+def sample_times(start_s: Tensor, sample_s: Tensor, is_spikes: Tensor, num_samples: int) -> Tensor:
+    """When each sample of a token is (B, N, P): a count in the middle of its bin, a trace at its instant."""
+    sample = torch.arange(num_samples, device=start_s.device)
+    time_s: Tensor = start_s[..., None] + (sample + 0.5 * is_spikes[..., None]) * sample_s[..., None]
+    return time_s
 
 
 def take_sources(identity_BSD: Tensor, source_BN: Tensor) -> Tensor:

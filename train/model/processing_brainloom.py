@@ -133,6 +133,8 @@ class BrainloomProcessor(FeatureExtractionMixin):
             "input_observed": token["observed"][visible],
             "input_source": token["source"][visible],
             "input_time_s": token["middle_s"][visible],
+            "input_start_s": token["start_s"][visible],
+            "input_sample_s": token["sample_s"][visible],
             "input_mask": np.ones(len(visible), bool),
             "pixels": shown,
             "frame_time_s": times.astype(np.float32),

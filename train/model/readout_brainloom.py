@@ -13,10 +13,12 @@ from torch.nn import functional as F
 
 from .attention_brainloom import BrainloomRMSNorm
 from .configuration_brainloom import BrainloomConfig
-from .likelihoods_brainloom import NUM_READOUTS, bounded
+from .likelihoods_brainloom import bounded
+from .surround_brainloom import NUM_OWN
 
 GAIN_LIMIT = 3.0  # of the log of a rate's gain: a factor of 0.05 to 20
 DECAY_S, LOG_DECAY_LIMIT = 0.5, 2.0  # of an indicator, at the start; 0.07 to 3.7 s
+NUM_MOMENTS = 2  # of what a source says of itself: location and log scale
 QUIET = 0.3  # share of its usual size at which a quiet map starts
 
 
@@ -33,23 +35,30 @@ class BrainloomReadout(nn.Module):
 
     def __init__(self, config: BrainloomConfig) -> None:
         super().__init__()
-        size = config.hidden_size
+        size, self.num_readouts = config.hidden_size, config.num_readouts
         self.source_layernorm = BrainloomRMSNorm(size, config.rms_norm_eps)
-        self.weight_proj = BrainloomQuietLinear(size, NUM_READOUTS * 2 * size, bias=False)
-        self.bias_proj = BrainloomZeroLinear(size, NUM_READOUTS)
+        self.weight_proj = BrainloomQuietLinear(size, self.num_readouts * 3 * size, bias=False)
+        self.bias_proj = BrainloomZeroLinear(size, self.num_readouts)
+        self.own_proj = BrainloomZeroLinear(size, NUM_MOMENTS * NUM_OWN, bias=False)
         self.decay_proj = BrainloomZeroLinear(size, 1) if config.likelihoods["traces"] == "calcium" else None
         self.step_s = 1 / config.readout_hz
 
-    def forward(self, features_BGD: Tensor, identity_BSD: Tensor, leaks_BS: Tensor) -> Tensor:
+    def forward(
+        self, features_BGD: Tensor, identity_BSD: Tensor, leaks_BS: Tensor, own_BSGO: Tensor | None = None
+    ) -> Tensor:
         """Readouts (B, S, G, R): of each source at each time of the grid, R numbers for its likelihood.
 
         Where traces are calcium, the last number of the sources that leak is a gain of their rate, whose growth is
         integrated over time with a decay of their own.
         """
         source_BSD = self.source_layernorm(identity_BSD)
-        weight = self.weight_proj(source_BSD).unflatten(-1, (NUM_READOUTS, -1)) / math.sqrt(source_BSD.shape[-1])
+        weight = self.weight_proj(source_BSD).unflatten(-1, (self.num_readouts, -1)) / math.sqrt(source_BSD.shape[-1])
         readout = torch.einsum("bsrd,bgd->bsgr", weight, features_BGD)
         out: Tensor = readout + self.bias_proj(source_BSD)[:, :, None]
+        if own_BSGO is not None:
+            own_weight = self.own_proj(source_BSD).unflatten(-1, (NUM_MOMENTS, NUM_OWN))
+            own = torch.einsum("bsro,bsgo->bsgr", own_weight, own_BSGO)
+            out = out + F.pad(own, (0, self.num_readouts - NUM_MOMENTS))
         if self.decay_proj is None:
             return out
         decay_s = DECAY_S * bounded(self.decay_proj(source_BSD).float(), LOG_DECAY_LIMIT).exp()

@@ -65,7 +65,7 @@ def train(file: Path, recording: Recording, fold: int | None, folder: Path, over
     (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe(recording, fold)))
     store, out, hosts, hub = (folder / name for name in ("store", "run", "hostfile", "hub"))
     call("prep", "ingest", file, "--out", store, "--recipe", folder / "recipe.yaml", "--workers", "1")
-    call("train", "hostfile", "--nodes", "localhost", "--slots", "2", "--out", hosts)
+    call("train", "hostfile", "--nodes", "localhost", "--slots", "1", "--out", hosts)
     run = HERE / RUNS[recording.name]
     call("train", "train", "--config", run, "--store", store, "--out", out, "--hostfile", hosts, *overrides)
     call("train", "export", out, "--hub", hub)
