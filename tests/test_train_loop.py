@@ -157,6 +157,17 @@ def test_one_rank_has_the_losses_of_two(two_ranks: Path, store: Path, run: RunCo
     assert max(abs(a - b) for a, b in zip(losses(out), losses(two_ranks), strict=True)) < 1e-5
 
 
+def test_half_precision_trains_like_single(two_ranks: Path, store: Path, run: RunConfig, tmp_path: Path) -> None:
+    """bf16 weights and activations, fp32 masters and rows: the same losses, as far as eight bits go."""
+    half = replace(run, train=replace(run.train, precision="bf16"))
+    out = prepare_run(tmp_path / "half", store, half)
+    assert train_ranks(out) == 0
+    exact, rounded = losses(two_ranks), losses(out)
+    assert exact != rounded
+    assert max(abs(a - b) for a, b in zip(exact, rounded, strict=True)) < 0.02 * max(map(abs, exact))
+    assert {parameter.dtype for parameter in load_trained(out).model.parameters()} == {torch.float32}, "the masters"
+
+
 def test_parameters_are_really_partitioned_and_put_together_again(two_ranks: Path, store: Path) -> None:
     found, passed_over = checkpoint.newest(two_ranks / "checkpoints")
     assert found is not None and not passed_over and found.step == NUM_STEPS

@@ -23,6 +23,7 @@ from train.sampler import mix
 from train.unit_table import UnitTable
 
 BETAS = (0.9, 0.95)
+HALVED = ("input_values", "pixels", "unit_features", "unit_embeds")  # what comes in with the model's precision
 
 
 def _gather(parameters: list[nn.Parameter]) -> AbstractContextManager[None]:
@@ -96,13 +97,10 @@ class Engine:
     def forward(self, batch: dict[str, Tensor], context_s: float) -> BrainloomPreTrainingOutput:
         """Predictions and loss of one micro-batch of windows of one length."""
         arguments = {name: tensor for name, tensor in batch.items() if name != "unit_rows"}
-        if self.config.train.precision == "bf16":
-            arguments = {
-                name: tensor.bfloat16() if name in ("input_values", "pixels", "unit_features") else tensor
-                for name, tensor in arguments.items()
-            }
-        embeds = self.table.lookup(batch["unit_rows"])
-        output: BrainloomPreTrainingOutput = self.deepspeed(unit_embeds=embeds, context_s=context_s, **arguments)
+        arguments["unit_embeds"] = self.table.lookup(batch["unit_rows"])
+        if self.config.train.precision == "bf16":  # times, labels and the table's rows stay as they are
+            arguments |= {name: arguments[name].bfloat16() for name in HALVED}
+        output: BrainloomPreTrainingOutput = self.deepspeed(context_s=context_s, **arguments)
         return output
 
     def train_step(self, micro_batches: list[dict[str, Tensor]], step: int) -> tuple[Tensor, Tensor]:

@@ -1,7 +1,7 @@
 """`make bench-science`: Brainloom on a synthetic brain, and on real recordings beside regressions, networks and POYO.
 
 In: the folder of real recordings (BRAINLOOM_NWB_DIR, or ../shared/nwb beside the repository). Out: predictions in
-runs/bench-science/<recording>/<task>.npz, and two sections of tests/bench/RESULTS.md.
+runs/bench-science/<recording>/<task>.npz, and three sections of tests/bench/RESULTS.md.
 What is there already is not made again: a run that was interrupted goes on.
 """
 
@@ -202,18 +202,18 @@ def recordings_folder() -> Path:
 def main() -> None:
     """Train, score, write."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--only", choices=["synthetic", "real"], help="one of the two halves")
+    parser.add_argument("--only", choices=["synthetic", "scaling", "real"], help="one of the three sections")
     parser.add_argument("--recordings", nargs="+", choices=list(TASKS), default=list(TASKS))
     parser.add_argument("--folds", nargs="*", type=int, default=list(range(NUM_FOLDS)), help="beside the main split")
     parser.add_argument("--no-poyo", action="store_true", help="leave out the peer, whose environment pip makes")
     parser.add_argument("--out", type=Path, default=ROOT / "runs" / "bench-science")
     args = parser.parse_args()
     target = ROOT / "tests" / "bench" / "RESULTS.md"
-    if args.only != "real":
-        results.write_section(
-            target, "make bench-science, synthetic", synthetic.section(args.out / "synthetic", origin())
-        )
-    if args.only == "synthetic":
+    for name, section_of in (("synthetic", synthetic.section), ("scaling", synthetic.scaling_section)):
+        if args.only in (None, name):
+            text = section_of(args.out / "synthetic", origin())
+            results.write_section(target, f"make bench-science, {name}", text)
+    if args.only in ("synthetic", "scaling"):
         return
     torch.set_num_threads(1)
     folder, benches = recordings_folder(), []

@@ -134,12 +134,20 @@ class WithCeiling(evaluate.References):
         return None if stream == "pupil_diameter" else super().find(session_id, stream, task)
 
 
-def score(run: Path, part: Path, only: np.ndarray | None = None) -> dict[tuple[str, str, str], dict[str, Any]]:
+Found = dict[tuple[str, str, str], dict[str, Any]]
+
+
+def score_beside_linear(run: Path, part: Path, only: np.ndarray | None = None) -> Found:
+    """As `score`, with what the linear baseline of the same sessions explains."""
+    linear.write(Store(part / "store"), part / "linear")
+    return score(run, part, only, {"ceiling": part / "truth", "linear": part / "linear"})
+
+
+def score(run: Path, part: Path, only: np.ndarray | None = None, references: dict[str, Path] | None = None) -> Found:
     """{(modality, task, visible): figures} on the test split; `only` keeps some places of the spike stream."""
     trained = load_trained(run)
-    linear.write(Store(part / "store"), part / "linear")
-    found: dict[tuple[str, str, str], dict[str, Any]] = {}
-    for name, folder in (("ceiling", part / "truth"), ("linear", part / "linear")):
+    found: Found = {}
+    for name, folder in (references or {"ceiling": part / "truth"}).items():
         rows = evaluate.evaluate(trained, "test", WithCeiling(folder), NUM_WINDOWS)
         for row in rows:
             if row.task.family not in SHOWN or not row.has_ceiling:
@@ -177,13 +185,17 @@ def main_rows(folder: Path) -> tuple[list[list[str]], float]:
     unseen = np.arange(NUM_SEEN, 100)
     hub = home / "hub"
     groups = {
-        "seen": score(home / "run", brain.seen),
-        "unseen units, inferred": score(adapted(hub, brain.whole / "store", home / "whole", 0), brain.whole, unseen),
-        "unseen units, fitted": score(
+        "seen": score_beside_linear(home / "run", brain.seen),
+        "unseen units, inferred": score_beside_linear(
+            adapted(hub, brain.whole / "store", home / "whole", 0), brain.whole, unseen
+        ),
+        "unseen units, fitted": score_beside_linear(
             adapted(hub, brain.whole / "store", home / "whole_fit", FIT_STEPS), brain.whole, unseen
         ),
-        "unseen subjects, inferred": score(adapted(hub, brain.new / "store", home / "new", 0), brain.new),
-        "unseen subjects, fitted": score(adapted(hub, brain.new / "store", home / "new_fit", FIT_STEPS), brain.new),
+        "unseen subjects, inferred": score_beside_linear(adapted(hub, brain.new / "store", home / "new", 0), brain.new),
+        "unseen subjects, fitted": score_beside_linear(
+            adapted(hub, brain.new / "store", home / "new_fit", FIT_STEPS), brain.new
+        ),
     }
     return [line for name, found in groups.items() for line in lines(name, found)], minutes
 
@@ -237,12 +249,11 @@ def scaling_rows(folder: Path) -> list[list[str]]:
 
 
 def section(folder: Path, origin: list[str]) -> str:
-    """The text of the section: all groups of one model, then three sizes and three amounts of data."""
+    """The text of the section: all groups of one model."""
     torch.set_num_threads(2)
     rows, minutes = main_rows(folder)
     size = json.loads((folder / "main" / "run" / "environment.json").read_text())
     steps = config.load(folder / "main" / "run" / "config.yaml").train.num_steps
-    names = [f"{task} of {modality}, {visible} visible" for modality, task, visible in SCALING_TASKS]
     parts = [
         "# A synthetic brain: how much of what can be known",
         *origin,
@@ -250,8 +261,18 @@ def section(folder: Path, origin: list[str]) -> str:
             steps=steps, minutes=minutes, core=size["num_parameters_core"], units=size["num_parameters_units"]
         ),
         results.table(HEAD, rows),
-        f"Sizes and amounts of data, {SCALING_STEPS} steps each, all asked about the test splits of the long sessions; "
-        "shares of the ceiling:",
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def scaling_section(folder: Path, origin: list[str]) -> str:
+    """The text of another: three sizes and three amounts of data."""
+    torch.set_num_threads(2)
+    names = [f"{task} of {modality}, {visible} visible" for modality, task, visible in SCALING_TASKS]
+    parts = [
+        "# A synthetic brain: sizes and amounts of data",
+        *origin,
+        f"{SCALING_STEPS} steps each, all asked about the test splits of the long sessions; shares of the ceiling:",
         results.table(["width", "core parameters", "seconds a session", "minutes", *names], scaling_rows(folder)),
     ]
     return "\n\n".join(parts) + "\n"
