@@ -13,7 +13,7 @@ HOSTFILE ?= hostfiles/cluster
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-all bench bench-science check lint prep inspect verify report hostfile train eval audit export adapt push campaign
+.PHONY: help install demo test test-all bench bench-science bench-gpu check lint prep inspect verify report hostfile train eval audit export adapt push campaign
 
 help:  ## print this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-13s %s\n", $$1, $$2}'
@@ -45,6 +45,9 @@ bench: .venv/installed  ## prep against the limit and its peers -> tests/bench/R
 
 bench-science: .venv/installed  ## Brainloom on real recordings beside regressions, networks and POYO -> tests/bench/RESULTS.md (an hour)
 	$(PY) -W ignore tests/bench/science/run.py $(ARGS)
+
+bench-gpu: .venv/installed  ## what the 300m and 1b models make of one GPU, in bf16 and compiled -> tests/bench/RESULTS.md
+	$(PY) -W ignore tests/bench/gpu.py $(ARGS)
 
 lint: .venv/installed  ## ruff and mypy
 	$(BIN)/ruff check .

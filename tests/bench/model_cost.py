@@ -18,21 +18,23 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
 from train.config import PRESETS
-from train.flops import Shape, forward_flops
+from train.flops import TOKENS_PER_S, Shape, forward_flops
 from train.model.configuration_brainloom import BrainloomConfig
 from train.model.modeling_brainloom import BrainloomForPreTraining
 
-CONTEXT_S, TOKENS_PER_UNIT, BINS = 2.0, 20, 5
+CONTEXT_S, BINS = 2.0, 5
+TOKENS_PER_UNIT = round(CONTEXT_S * TOKENS_PER_S)
 PRODUCTS = ("mm", "addmm", "bmm", "baddbmm", "scaled_dot_product")  # parts of names of operations
 WANTED = 1.15
 
 
-def window(config: BrainloomConfig, units: int, device: str, seed: int = 0) -> dict[str, Tensor]:
+def window(config: BrainloomConfig, units: int, device: str, context_s: float = CONTEXT_S) -> dict[str, Tensor]:
     """Spikes of `units`, all visible, a query for each token; batch size 1."""
-    chance = torch.Generator().manual_seed(seed)
-    tokens, samples = units * TOKENS_PER_UNIT, config.samples_per_token
-    source = torch.arange(units).repeat(TOKENS_PER_UNIT)
-    start_s = torch.arange(TOKENS_PER_UNIT).repeat_interleave(units) * 0.1
+    chance = torch.Generator().manual_seed(0)
+    tokens_per_unit = round(context_s * TOKENS_PER_S)
+    tokens, samples = units * tokens_per_unit, config.samples_per_token
+    source = torch.arange(units).repeat(tokens_per_unit)
+    start_s = torch.arange(tokens_per_unit).repeat_interleave(units) / TOKENS_PER_S
     observed = (torch.arange(samples) < BINS).expand(tokens, samples)
     counts = torch.poisson(torch.full((tokens, samples), 0.3), generator=chance)
     made: dict[str, Tensor] = {
