@@ -34,7 +34,6 @@ from train.model.configuration_brainloom import BrainloomConfig
 from train.model.modeling_brainloom import BrainloomForPreTraining
 
 SHAPE = Shape(batch=2, sources=300, tokens=4000, frames=8, context_s=2.0)
-HALVED = ("unit_embeds", "unit_features", "input_values", "pixels")
 CONFIGS = sorted((ROOT / "train" / "configs").glob("*.yaml"))
 
 

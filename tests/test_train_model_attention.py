@@ -16,7 +16,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from train_builders import (
     SESSIONS,
-    apart,
     batch_of,
     moved_model,
     one_window,
@@ -28,6 +27,7 @@ from train_builders import (
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from prep import catalog
+from train.build import HALVED
 from train.config import FAMILIES, Family, ModelConfig, RunConfig
 from train.dataset import WindowReader
 from train.masking import draw_mask
@@ -78,7 +78,7 @@ def test_eager_and_sdpa_agree(reader: WindowReader, overrides: dict[str, Any]) -
             model.set_attn_implementation("sdpa")
             fast = predict(model, inputs)
             model.set_attn_implementation("eager")
-            assert apart(fast, predict(model, inputs)) < 1e-5
+            assert (predict(model, inputs) - fast).abs().max() < 1e-5
 
 
 @pytest.mark.filterwarnings("ignore:`torch.jit.script:DeprecationWarning")  # of torch itself, when it compiles
@@ -86,7 +86,7 @@ def test_flex_attention_agrees(reader: WindowReader) -> None:
     model, inputs = moved_model(run_with(**LOCAL)), batch(reader)
     fast = predict(model, inputs)
     model.set_attn_implementation("flex_attention")
-    assert apart(fast, predict(model, inputs)) < 1e-5
+    assert (predict(model, inputs) - fast).abs().max() < 1e-5
 
 
 def implementation_of(name: str, seen: list[bool]) -> Any:
@@ -125,7 +125,7 @@ def test_flash_attention_is_given_what_has_no_mask(reader: WindowReader, registr
     before = predict(model, inputs)
     registry["sdpa"].clear()
     model.config._attn_implementation_internal = "flash_attention_2"  # as if its package were here
-    assert apart(before, predict(model, inputs)) < 1e-5
+    assert (predict(model, inputs) - before).abs().max() < 1e-5
     assert registry == {"sdpa": [True, True, True], "flash_attention_2": [False, False]}
 
 
@@ -140,9 +140,6 @@ def test_half_precision_is_within_a_hundredth(reader: WindowReader) -> None:
             exact, half = predict(exact_model, inputs), predict(half_model, halves)
             squares += [float((half - exact).square().sum()), float(exact.square().sum())]
     assert np.sqrt(squares[0] / squares[1]) < 1e-2
-
-
-HALVED = ("unit_embeds", "unit_features", "input_values", "pixels")
 
 
 # ---------------------------------------------------------------- local and global layers

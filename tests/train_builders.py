@@ -15,7 +15,6 @@ import numpy as np
 import torch
 from safetensors.torch import save_file
 from store_builders import FRAMES_SHAPE, Pixels, SmallShards, Values, session, target, write_plan
-from torch import Tensor
 
 from prep import catalog
 from prep.plan import IntervalTable, PlannedStream, SessionPlan, Units
@@ -171,13 +170,17 @@ def one_window(reader: WindowReader, session_id: str, at_s: float = 3.0, context
     return reader.read(index, begin_ns + round(at_s * SECOND_NS), round(context_s * SECOND_NS))
 
 
+USUAL_INPUTS = 32  # of a tiny model's layers
+
+
 def moved_model(run: RunConfig, seed: int = 5) -> BrainloomForPreTraining:
-    """A model whose every parameter has been moved, so that no branch is silent."""
+    """A model whose every parameter has been moved, so that no branch is silent; what sums much is moved less."""
     model = build_model(run)
     chance = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in model.parameters():
-            parameter += 0.05 * torch.randn(parameter.shape, generator=chance)
+            size = 0.05 * min(1.0, (USUAL_INPUTS / parameter.shape[-1]) ** 0.5)
+            parameter += size * torch.randn(parameter.shape, generator=chance)
     return model.eval()
 
 
@@ -186,11 +189,6 @@ def moved_trained(store: Path, run: RunConfig) -> Trained:
     reader = reader_of(store, run)
     table = UnitTable(reader.source_table.keys, model_config(run).unit_embed_size, torch.device("cpu"))
     return Trained(run, reader.store, moved_model(run), table, reader)
-
-
-def apart(before: Tensor, after: Tensor) -> float:
-    """Largest difference, relative to the largest prediction where that is above 1, as the audit has it."""
-    return float((after - before).abs().max() / before.abs().max().clamp(min=1))
 
 
 def batch_of(

@@ -15,6 +15,7 @@ from train.config import PRESETS, RunConfig
 from train.model.configuration_brainloom import BrainloomConfig
 from train.model.modeling_brainloom import BrainloomForPreTraining
 
+HALVED = ("input_values", "pixels", "unit_features", "unit_embeds")  # what comes in with the model's precision
 Gather = Callable[[list[nn.Parameter]], AbstractContextManager[None]]
 
 

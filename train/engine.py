@@ -16,14 +16,13 @@ import torch.distributed as dist
 from deepspeed.utils import safe_get_local_fp32_param
 from torch import Tensor, nn
 
-from train.build import build_model, whole
+from train.build import HALVED, build_model, whole
 from train.config import OptimConfig, RunConfig, deepspeed_config
 from train.model.modeling_brainloom import BrainloomForPreTraining, BrainloomPreTrainingOutput
 from train.sampler import mix
 from train.unit_table import UnitTable
 
 BETAS = (0.9, 0.95)
-HALVED = ("input_values", "pixels", "unit_features", "unit_embeds")  # what comes in with the model's precision
 
 
 def _gather(parameters: list[nn.Parameter]) -> AbstractContextManager[None]:

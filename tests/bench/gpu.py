@@ -25,14 +25,13 @@ from bench.model_cost import window
 from bench.science import results
 from torch import Tensor
 
-from train.build import model_config
+from train.build import HALVED, model_config
 from train.config import load
 from train.flops import Shape, fullest_shape, training_flops
 from train.model.modeling_brainloom import BrainloomForPreTraining
 
 ROOT = Path(__file__).resolve().parents[2]
 DATA_SHEET = {"H100": 989e12, "H200": 989e12, "A100": 312e12}  # dense bf16, operations a second
-HALVED = ("unit_embeds", "unit_features", "input_values", "pixels")
 MATRIX = {"cuda": 8192, "cpu": 1024}
 REPEATS = 5
 
