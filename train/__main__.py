@@ -15,7 +15,7 @@ COMMANDS = {  # command: (module, what it does)
     "export": ("train.export", "turn the newest checkpoint into a hub folder"),
     "adapt": ("train.adapt", "give a hub folder identities for the units of another store; nothing of it is trained"),
     "push": ("train.push", "upload a hub folder to a model hub"),
-    "hostfile": ("train.hostfile", "write a hostfile from SLURM, a list of nodes or this machine"),
+    "hostfile": ("train.allocation", "write a hostfile from a scheduler, a list of nodes or this machine"),
     "launch": ("train.launch", "start a command once per slot of a hostfile"),
     "demo": ("train.demo", "the whole road on this machine, from a synthetic brain to a hub folder"),
     "worker": ("train.loop", "one rank of a training run (the launcher starts it)"),

@@ -30,7 +30,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 def main(args: argparse.Namespace) -> int:
     """Check everything that can be checked before a rank is started, then launch."""
-    hosts = hostfile.read(args.hostfile)
+    hosts = hostfile.read(args.hostfile) if args.dry_run else hostfile.read_for_run(args.hostfile, os.environ)
     run = config.load(args.config, args.overrides)
     config.deepspeed_config(run, sum(host.slots for host in hosts))
     store = Store(args.store)
