@@ -1,8 +1,8 @@
 """Several real hosts on this one machine: each has a network, processes, a host name, /dev/shm and an sshd of its own.
 
 In: a folder to work in, names. Out: hosts that know each other by name and let each other in; nothing of it afterwards.
-They share the file system, as the nodes of a cluster do, and the CPU. Names and keys are bind mounts over /etc that only
-they see (`ip netns exec` puts /etc/netns/NAME there): the files of this machine stay as they are.
+They share the file system, as the nodes of a cluster do, and the CPU. Names and keys are bind mounts over /etc which
+they alone see (`ip netns exec` puts /etc/netns/NAME there): the files of this machine stay as they are.
 """
 
 import contextlib

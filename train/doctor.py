@@ -86,9 +86,14 @@ def _question(args: argparse.Namespace, hosts: list[Host], host: Host, marker: s
         out=str(args.out.resolve()) if args.out else "",
         marker=marker,
         extensions=str(launch.extensions_dir(os.environ)),
-        peer=next((other.name for other in hosts if other != host), ""),
+        peer=next((_reached_at(other) for other in hosts if other != host), ""),
         env={name: os.environ[name] for name in INTERFACES if name in os.environ},
     )
+
+
+def _reached_at(host: Host) -> str:
+    """An address, since the ranks find each other by addresses: the hosts need not know each other's names."""
+    return min(hostfile.addresses(host.name), default=host.name)
 
 
 def _needed_bytes(path: Path | None, store: str) -> float:
@@ -133,15 +138,19 @@ def _answered(host: Host, answer: Answer, found: Found) -> Iterator[Line]:
         found[host.name] = {**facts, "asked_s": answer.began_s, "answered_s": answer.ended_s}
         yield Line(host.name, "reachable", took)
     elif answer.code is None:
-        fix = f"look at the host, or leave it out: `make hostfile ARGS='--exclude {host.name}'`"
-        yield Line(host.name, "reachable", f"no answer in {PROBE_S:g} s", fix)
-    elif answer.code == 255:  # ssh's own
-        fix = f"make `{shlex.join(hostfile.ssh_check(host))}` work: ssh-copy-id {host.name}, and accept its key once"
+        yield Line(host.name, "reachable", f"no answer in {PROBE_S:g} s", f"look at the host, or {_leave_out(host)}")
+    elif not answer.reached:
+        fix = f"make `{shlex.join(hostfile.ssh_check(host))}` work (ssh-copy-id, accept its key once; in a SLURM job: "
+        fix += f"`scontrol show node {host.name}`), or {_leave_out(host)}"
         yield Line(host.name, "reachable", answer.last_line, fix)
     else:
         yield Line(host.name, "reachable", took)
         fix = f"put the code in {os.getcwd()} and Python at {sys.executable} there too (`make install`), or share them"
         yield Line(host.name, "python", answer.last_line, fix)
+
+
+def _leave_out(host: Host) -> str:
+    return f"leave it out: `make hostfile ARGS='--exclude {host.name}'`"
 
 
 def _marked(out: str) -> Any:

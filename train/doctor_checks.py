@@ -37,7 +37,7 @@ class Line:
     fix: str = ""
 
     def __str__(self) -> str:
-        verdict = f"FAIL  {self.text}. Fix: {self.fix}" if self.fix else f"ok    {self.text}"
+        verdict = f"FAIL  {self.text.rstrip('.')}. Fix: {self.fix}" if self.fix else f"ok    {self.text}"
         return f"{self.host:<16} {self.check:<11} {verdict}"
 
 
@@ -58,15 +58,12 @@ def lines(found: Found, context: Context) -> list[Line]:
     return [line for _, check in CHECKS for line in check(found, context)]
 
 
-def _with(found: Found, check: str, fact: str, fix: str, good: dict[str, Any]) -> Iterator[Line]:
-    """Yield a FAIL for each host whose fact is an error; the others' facts go into `good`."""
-    for host, facts in found.items():
-        if fact not in facts:
-            continue
-        if isinstance(facts[fact], Mapping) and "error" in facts[fact]:
-            yield Line(host, check, facts[fact]["error"], fix)
-        else:
-            good[host] = facts[fact]
+def _split(found: Found, fact: str, fix: str) -> tuple[list[Line], dict[str, Any]]:
+    """A FAIL for each host whose fact is an error, and the facts of the others."""
+    facts = {host: its[fact] for host, its in found.items() if fact in its}
+    errors = {host: its["error"] for host, its in facts.items() if isinstance(its, Mapping) and "error" in its}
+    bad = [Line(host, fact, error, fix) for host, error in errors.items()]
+    return bad, {host: its for host, its in facts.items() if host not in errors}
 
 
 def _same(check: str, facts: Mapping[str, str], fix: str, texts: Mapping[str, str] | None = None) -> Iterator[Line]:
@@ -83,21 +80,21 @@ def _same(check: str, facts: Mapping[str, str], fix: str, texts: Mapping[str, st
 
 
 def _python(found: Found, context: Context) -> Iterator[Line]:
-    good: dict[str, Any] = {}
-    yield from _with(found, "python", "python", "look at the host", good)
+    bad, good = _split(found, "python", "look at the host")
+    yield from bad
     yield from _same("python", good, "give every host the same Python, best in one shared folder (`make install`)")
 
 
 def _versions(found: Found, context: Context) -> Iterator[Line]:
-    good: dict[str, Any] = {}
-    yield from _with(found, "versions", "versions", "run `make install` there", good)
+    bad, good = _split(found, "versions", "run `make install` there")
+    yield from bad
     texts = {host: ", ".join(f"{name} {version}" for name, version in facts.items()) for host, facts in good.items()}
     yield from _same("versions", texts, "run `make install` there: constraints.txt fixes the versions")
 
 
 def _code(found: Found, context: Context) -> Iterator[Line]:
-    good: dict[str, Any] = {}
-    yield from _with(found, "code", "code", "look at the folder of the code there", good)
+    bad, good = _split(found, "code", "look at the folder of the code there")
+    yield from bad
     texts = {
         host: f"digest {its['digest'][:12]}, revision {its['revision'] or 'unknown'}" for host, its in good.items()
     }
@@ -115,14 +112,14 @@ def _store(found: Found, context: Context) -> Iterator[Line]:
 
 
 def _same_digest(found: Found, check: str, fix: str) -> Iterator[Line]:
-    good: dict[str, Any] = {}
-    yield from _with(found, check, check, fix, good)
+    bad, good = _split(found, check, fix)
+    yield from bad
     yield from _same(check, good, fix, {host: f"digest {digest[:12]}" for host, digest in good.items()})
 
 
 def _gpus(found: Found, context: Context) -> Iterator[Line]:
-    good: dict[str, Any] = {}
-    yield from _with(found, "gpus", "gpus", "run `nvidia-smi` there; reset or drain the node", good)
+    bad, good = _split(found, "gpus", "run `nvidia-smi` there; reset or drain the node")
+    yield from bad
     some = any(facts["gpus"] for facts in good.values())
     for host, facts in good.items():
         number, usable, slots = len(facts["gpus"]), facts["torch"], context.slots(host)
@@ -151,8 +148,8 @@ def _gpu_memory(host: str, gpus: list[list[str]]) -> Line:
 
 
 def _processes(found: Found, context: Context) -> Iterator[Line]:
-    good: dict[str, Any] = {}
-    yield from _with(found, "processes", "processes", "look at the host", good)
+    bad, good = _split(found, "processes", "look at the host")
+    yield from bad
     for host, alive in good.items():
         numbers = " ".join(line.split()[0] for line in alive)
         text = f"{len(alive)} rank(s) of an earlier or another run: {'; '.join(alive)}"
@@ -162,8 +159,8 @@ def _processes(found: Found, context: Context) -> Iterator[Line]:
 
 def _locks(found: Found, context: Context) -> Iterator[Line]:
     """On a shared disk the holder of a lock may be a process of another host: what one host sees held, is held."""
-    good: dict[str, Any] = {}
-    yield from _with(found, "locks", "locks", "look at TORCH_EXTENSIONS_DIR there", good)
+    bad, good = _split(found, "locks", "look at TORCH_EXTENSIONS_DIR there")
+    yield from bad
     held = {key for locks in good.values() for key, lock in locks.items() if lock["held"]}
     for host, locks in good.items():
         stale = [key.rpartition(" ")[0] for key in locks if key not in held]
@@ -177,8 +174,8 @@ def _locks(found: Found, context: Context) -> Iterator[Line]:
 
 
 def _disk(found: Found, context: Context) -> Iterator[Line]:
-    good: dict[str, Any] = {}
-    yield from _with(found, "disk", "disk", "give OUT a folder that every host can write", good)
+    bad, good = _split(found, "disk", "give OUT a folder that every host can write")
+    yield from bad
     for host, facts in good.items():
         free, speed = facts["free"], facts["write_bytes_s"]
         text = f"{facts['folder']}: {free / 1e9:.1f} GB free, {speed / 1e6:.0f} MB/s with fsync"
@@ -207,8 +204,8 @@ def _clock(found: Found, context: Context) -> Iterator[Line]:
 
 
 def _interface(found: Found, context: Context) -> Iterator[Line]:
-    good: dict[str, Any] = {}
-    yield from _with(found, "interface", "interface", "give the hosts names that resolve on every host", good)
+    bad, good = _split(found, "interface", "give the hosts names that resolve on every host")
+    yield from bad
     fastest = max((its["mbit_s"] for its in good.values()), default=0)
     most_ports = max((_active(its["infiniband"]) for its in good.values()), default=0)
     for host, its in good.items():
@@ -258,8 +255,8 @@ def _missing_names(facts: Facts) -> str:
 
 
 def _limits(found: Found, context: Context) -> Iterator[Line]:
-    good: dict[str, Any] = {}
-    yield from _with(found, "limits", "limits", "look at the host", good)
+    bad, good = _split(found, "limits", "look at the host")
+    yield from bad
     for host, limits in good.items():
         files, locked = limits["nofile"], limits["memlock"]
         text = f"{files} open files, {'unlimited' if locked < 0 else f'{locked // 2**20} MiB of'} locked memory"
@@ -275,8 +272,8 @@ def _limits(found: Found, context: Context) -> Iterator[Line]:
 
 
 def _shm(found: Found, context: Context) -> Iterator[Line]:
-    good: dict[str, Any] = {}
-    yield from _with(found, "shm", "shm", "mount a tmpfs on /dev/shm there", good)
+    bad, good = _split(found, "shm", "mount a tmpfs on /dev/shm there")
+    yield from bad
     for host, size in good.items():
         needed = SHM_BYTES_GPU if _has_gpu(found[host]) else SHM_BYTES * context.slots(host)
         fix = f"{needed / 2**20:.0f} MiB are needed: remount it larger, docker --shm-size=8g, an emptyDir in memory"

@@ -31,10 +31,17 @@ class Answer:
     ended_s: float
 
     @property
-    def last_line(self) -> str:
-        """What was said last on stderr."""
+    def reached(self) -> bool:
+        """Whether the host itself answered: ssh ends with 255 where it does not, and of srun alone is heard."""
         lines = self.err.strip().splitlines()
-        return lines[-1] if lines else f"exit code {self.code}"
+        return self.code not in (None, 255) and not (lines and all(line.startswith("srun:") for line in lines))
+
+    @property
+    def last_line(self) -> str:
+        """What was said last on stderr, by the command rather than by what started it."""
+        lines = self.err.strip().splitlines()
+        own = [line for line in lines if not line.startswith("srun:")]
+        return (own or lines or [f"exit code {self.code}"])[-1]
 
 
 def words_for(hosts: list[Host], env: Mapping[str, str]) -> Words:
