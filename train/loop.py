@@ -27,7 +27,7 @@ from prep.store import Store
 from train import checkpoint, config
 from train.build import model_config
 from train.engine import Engine, lr_factor
-from train.loader import TrainingSamples, batches, to_device
+from train.loader import Feed, TrainingSamples, batches, note_skipped, to_device
 from train.metrics import MetricsLog
 from train.sources import SourceTable
 
@@ -65,18 +65,23 @@ def train(run_dir: Path, resume: str = "auto") -> int:
     rank, world_size = dist.get_rank(), dist.get_world_size()
     seed_everything(run.seed)
     engine = Engine(run, SourceTable(store).keys, world_size)
-    first_step = _resume(engine, run_dir, resume)
     samples = TrainingSamples(store.address, run, model_config(run))
+    first_step = _resume(engine, samples, run_dir, resume)
     if rank == 0:
         _write_environment(engine, run_dir, world_size, store)
     log = MetricsLog(run_dir, first_step, run.train.num_steps, run.log_every) if rank == 0 else None
     root = run_dir / "checkpoints"
-    state = {"store_digest": store.digest(), "config_digest": _digest(run_dir / "config.yaml")}
+    state = {
+        "store_digest": store.digest(),
+        "config_digest": _digest(run_dir / "config.yaml"),
+        "eras": samples.order.state,
+    }
     feed = batches(samples, first_step, rank, world_size)
     per_step = config.gradient_accumulation(run.train, world_size)
     try:
         for step in range(first_step, run.train.num_steps):
             row, stop = _step(engine, feed, per_step, step)
+            note_skipped(run_dir, step, feed.skipped)
             if log is not None:
                 log.write(row)
             last = step + 1 == run.train.num_steps
@@ -95,13 +100,15 @@ def train(run_dir: Path, resume: str = "auto") -> int:
     return 0
 
 
-def _step(engine: Engine, feed: Any, per_step: int, step: int) -> tuple[dict[str, Any], bool]:
+def _step(engine: Engine, feed: Feed, per_step: int, step: int) -> tuple[dict[str, Any], bool]:
     began_s = time.perf_counter()
     micro_batches = [to_device(next(feed), engine.device) for _ in range(per_step)]
     waited_s = time.perf_counter() - began_s
     num_tokens = sum(batch_tokens(batch) for batch in micro_batches)
     loss, sums = engine.train_step(micro_batches, step)
-    shared = torch.cat([loss[None], sums.flatten(), torch.tensor([num_tokens, float(_stop_requested)])]).double()
+    shared = torch.cat(
+        [loss[None], sums.flatten(), torch.tensor([num_tokens, float(_stop_requested), len(feed.skipped)])]
+    ).double()
     shared = shared.to(engine.device)  # NCCL reduces nothing that lies in the host's memory
     dist.all_reduce(shared)
     shared = shared.to("cpu")
@@ -116,6 +123,7 @@ def _step(engine: Engine, feed: Any, per_step: int, step: int) -> tuple[dict[str
         "tokens_per_s": float(shared[7]) / seconds,
         "data_wait_share": waited_s / seconds,
         "seconds": seconds,
+        "skipped_windows": int(shared[9]),
     }
     for name, total, count in zip(("spikes", "traces", "behavior"), nats, values, strict=True):
         if count:
@@ -123,7 +131,7 @@ def _step(engine: Engine, feed: Any, per_step: int, step: int) -> tuple[dict[str
     return row, bool(shared[8])
 
 
-def _resume(engine: Engine, run_dir: Path, resume: str) -> int:
+def _resume(engine: Engine, samples: TrainingSamples, run_dir: Path, resume: str) -> int:
     root = run_dir / "checkpoints"
     found, passed_over = checkpoint.newest(root) if resume != "never" else (None, [])
     for reason in passed_over:
@@ -137,6 +145,7 @@ def _resume(engine: Engine, run_dir: Path, resume: str) -> int:
         return 0
     rows = checkpoint.restore(engine, found)
     _say(f"resuming from {found.path} (step {found.step}, {rows} unit rows)")
+    samples.go_on(found.state())
     return found.step
 
 
