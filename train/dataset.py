@@ -252,7 +252,7 @@ def _choose_units(sources: Sources, max_units: int, chance: np.random.Generator)
     if len(units) > max_units:
         units = np.sort(chance.permutation(units)[:max_units])
     keep = np.concatenate([units, np.flatnonzero(~is_unit)])
-    return Sources(*(getattr(sources, name)[keep] for name in Sources.__dataclass_fields__))
+    return Sources(*(getattr(sources, name).take(keep, axis=0) for name in Sources.__dataclass_fields__))
 
 
 @dataclass(frozen=True)
