@@ -62,6 +62,20 @@ def lr_factor(step: int, config: OptimConfig) -> float:
     return config.final_lr_fraction + (1 - config.final_lr_fraction) * cosine
 
 
+def count_in_norm(optimizer: Any, table: UnitTable) -> None:
+    """Let the norm of the gradient by which DeepSpeed clips be that of core and table together.
+
+    It takes the norm inside `step` and has no place for a gradient of ours, so that its sum gets one term more, after
+    the table's gradients have been exchanged. A norm that is not finite, of whichever of the two, skips both.
+    """
+    if hasattr(optimizer, "_get_norm_groups"):  # ZeRO-3
+        groups = optimizer._get_norm_groups
+        optimizer._get_norm_groups = lambda: [*(norms := groups()), table.norm.to(norms[0].device)]
+    else:  # ZeRO-1 and ZeRO-2
+        total = optimizer.scaled_global_norm
+        optimizer.scaled_global_norm = lambda: torch.hypot(norm := total(), table.norm.to(norm.device))
+
+
 class Engine:
     """The model under DeepSpeed and the unit table; one `train_step` is one optimizer step."""
 
@@ -78,7 +92,9 @@ class Engine:
         )
         self.device: torch.device = self.deepspeed.device
         averages = config.train.average_steps > 0
-        self.table = UnitTable(keys, model.config.unit_embed_size, self.device, averages)
+        # A group of its own: the exchange of rows does not queue behind ZeRO's gathers.
+        self.table = UnitTable(keys, model.config.unit_embed_size, self.device, averages, dist.new_group())
+        count_in_norm(self.optimizer, self.table)
         # Of this rank's partitions of the master weights, by name: what it costs is four bytes for each.
         self.average = {name: part.clone() for name, part in self.masters()} if averages else {}
 
@@ -110,19 +126,29 @@ class Engine:
         context_s = self.config.turn(step).context_s
         loss, nats, values = torch.zeros(()), torch.zeros(3), torch.zeros(3)
         size = self.config.train.micro_batch_size
+        self.table.fetch(*(batch["unit_rows"] for batch in micro_batches))
         for number, batch in enumerate(micro_batches, dist.get_rank() * len(micro_batches)):
             # A micro-batch is of the same samples on any number of ranks, and so is what dropout leaves out of it.
             torch.manual_seed(mix(step * self.config.train.global_batch_size + number * size, self.config.seed))
             output = self.forward(batch, context_s)
             self.deepspeed.backward(output.loss)
-            self.table.accumulate()
+            if self.deepspeed.is_gradient_accumulation_boundary():
+                self.table.exchange()
             self.deepspeed.step()
             assert output.loss is not None and output.nats is not None and output.num_values is not None
             loss += output.loss.detach().cpu() / len(micro_batches)
             nats += output.nats.detach().sum(0).cpu()
             values += output.num_values.sum(0).cpu()
         keep = average_decay(step, self.config.train) if self.average else 0.0
-        self.table.step(self.config.train.unit_lr * factor, keep)
+        self._step_table(self.config.train.unit_lr * factor, step + 1, keep)
         if self.average:
             torch._foreach_lerp_([*self.average.values()], [part for _, part in self.masters()], 1 - keep)
         return loss, torch.stack([nats, values])
+
+    def _step_table(self, lr: float, number: int, keep: float) -> None:
+        """The table moves when the core does, its gradient clipped by the same factor."""
+        if self.optimizer.overflow:
+            self.table.discard()
+        else:
+            norm = torch.as_tensor(self.deepspeed.get_global_grad_norm())
+            self.table.step(lr, number, keep, (self.config.train.clip_norm / (norm + 1e-6)).clamp(max=1.0))

@@ -158,6 +158,7 @@ def seed_everything(seed: int) -> None:
 
 def _write_environment(engine: Engine, run_dir: Path, world_size: int, store: Store) -> None:
     (run_dir / "ds_config.json").write_text(json.dumps(engine.ds_config, indent=1))
+    units = len(engine.table) * engine.table.weight.shape[1]
     environment = {
         "python": sys.version.split()[0],
         "platform": platform.platform(),
@@ -168,10 +169,9 @@ def _write_environment(engine: Engine, run_dir: Path, world_size: int, store: St
         "omp_num_threads": os.environ.get("OMP_NUM_THREADS"),
         "store_digest": store.digest(),
         "num_parameters_core": engine.num_parameters,
-        "num_parameters_units": engine.table.weight.numel(),
+        "num_parameters_units": units,
     }
     (run_dir / "environment.json").write_text(json.dumps(environment, indent=1))
-    units = engine.table.weight.numel()
     _say(f"{engine.num_parameters:,} core parameters, {units:,} in the unit table, {world_size} ranks")
 
 
