@@ -171,10 +171,12 @@ def seal(folder: Path, step: int, known: dict[str, Any] | None = None) -> None:
     _sync(folder)
 
 
-def newest(root: Path) -> tuple[Checkpoint | None, list[str]]:
-    """The newest sealed and undamaged checkpoint, and what was passed over."""
+def newest(root: Path, up_to_step: int | None = None) -> tuple[Checkpoint | None, list[str]]:
+    """The newest sealed and undamaged checkpoint, of a step or before, and what was passed over."""
     passed_over: list[str] = []
     for folder in sorted(root.glob("step-*"), reverse=True):
+        if up_to_step is not None and int(folder.name.removeprefix("step-")) > up_to_step:
+            continue
         try:
             return open_checkpoint(folder), passed_over
         except CheckpointError as error:

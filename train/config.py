@@ -203,6 +203,21 @@ class OptimConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class FaultConfig:
+    """What is put up with, and what ends the run."""
+
+    watchdog_s: float = 120.0  # how long a phase of a step may last; five times as long until the first step is done
+    max_bad_steps: int = 5  # skipped one after the other, because loss or gradient was not finite
+    spike_factor: float = 0.0  # losses this many times their usual spread above the median are a spike; 0 = never
+    spike_steps: int = 8  # in a row, until a spike is undone: weights go back to the checkpoint before, the data go on
+
+    def __post_init__(self) -> None:
+        _check_positive(self, "watchdog_s", "max_bad_steps", "spike_steps")
+        if self.spike_factor < 0:
+            raise ConfigError(f"spike_factor = {self.spike_factor} must not be negative.")
+
+
+@dataclass(frozen=True, kw_only=True)
 class RunConfig:
     """One run."""
 
@@ -214,6 +229,7 @@ class RunConfig:
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     train: OptimConfig = field(default_factory=OptimConfig)
+    faults: FaultConfig = field(default_factory=FaultConfig)
 
     def __post_init__(self) -> None:
         if self.seed < 0:

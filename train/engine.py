@@ -6,7 +6,7 @@ One process or many: the same weights, the same batches, the same steps.
 
 import contextlib
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -91,6 +91,7 @@ class Engine:
             model=model, optimizer=optimizer, config=self.ds_config, dist_init_required=False
         )
         self.device: torch.device = self.deepspeed.device
+        self.on_phase: Callable[[str], None] = lambda name: None  # told of each phase as it begins
         averages = config.train.average_steps > 0
         # A group of its own: the exchange of rows does not queue behind ZeRO's gathers.
         self.table = UnitTable(keys, model.config.unit_embed_size, self.device, averages, dist.new_group())
@@ -119,36 +120,54 @@ class Engine:
         return output
 
     def train_step(self, micro_batches: list[dict[str, Tensor]], step: int) -> tuple[Tensor, Tensor]:
-        """One optimizer step. Returns this rank's sums over its samples: nats (3,) and values (3,)."""
+        """One optimizer step, or none where loss or gradient is not finite on any rank: then nothing moves on all.
+
+        Returns the mean loss of this rank, and nats and values of each of its W windows (2, W, 3).
+        """
         factor = lr_factor(step, self.config.train)
         for group in self.optimizer.param_groups:
             group["lr"] = self.config.train.lr * factor
         context_s = self.config.turn(step).context_s
-        loss, nats, values = torch.zeros(()), torch.zeros(3), torch.zeros(3)
+        loss, windows = torch.zeros(()), []
         size = self.config.train.micro_batch_size
         self.table.fetch(*(batch["unit_rows"] for batch in micro_batches))
         for number, batch in enumerate(micro_batches, dist.get_rank() * len(micro_batches)):
             # A micro-batch is of the same samples on any number of ranks, and so is what dropout leaves out of it.
             torch.manual_seed(mix(step * self.config.train.global_batch_size + number * size, self.config.seed))
+            self.on_phase("forward")
             output = self.forward(batch, context_s)
-            self.deepspeed.backward(output.loss)
+            assert output.loss is not None and output.nats is not None and output.num_values is not None
+            self.on_phase("backward")
+            self.deepspeed.backward(infectious(output.loss))
             if self.deepspeed.is_gradient_accumulation_boundary():
                 self.table.exchange()
+            self.on_phase("optimizer")
             self.deepspeed.step()
-            assert output.loss is not None and output.nats is not None and output.num_values is not None
             loss += output.loss.detach().cpu() / len(micro_batches)
-            nats += output.nats.detach().sum(0).cpu()
-            values += output.num_values.sum(0).cpu()
+            windows.append(torch.stack([output.nats.detach(), output.num_values.to(output.nats)]).cpu())
+        self._follow(step, self.config.train.unit_lr * factor)
+        return loss, torch.cat(windows, dim=1)
+
+    @property
+    def moved(self) -> bool:
+        """Did the last step move anything? DeepSpeed decides by the norm of the gradient that all ranks share."""
+        return bool(self.deepspeed.was_step_applied())
+
+    def _follow(self, step: int, unit_lr: float) -> None:
+        """The unit table and the averages move where the core has moved."""
+        if not self.moved:
+            self.table.discard()
+            return
         keep = average_decay(step, self.config.train) if self.average else 0.0
-        self._step_table(self.config.train.unit_lr * factor, step + 1, keep)
+        norm = torch.as_tensor(self.deepspeed.get_global_grad_norm())
+        self.table.step(unit_lr, step + 1, keep, (self.config.train.clip_norm / (norm + 1e-6)).clamp(max=1.0))
         if self.average:
             torch._foreach_lerp_([*self.average.values()], [part for _, part in self.masters()], 1 - keep)
-        return loss, torch.stack([nats, values])
 
-    def _step_table(self, lr: float, number: int, keep: float) -> None:
-        """The table moves when the core does, its gradient clipped by the same factor."""
-        if self.optimizer.overflow:
-            self.table.discard()
-        else:
-            norm = torch.as_tensor(self.deepspeed.get_global_grad_norm())
-            self.table.step(lr, number, keep, (self.config.train.clip_norm / (norm + 1e-6)).clamp(max=1.0))
+
+def infectious(loss: Tensor) -> Tensor:
+    """The loss; where it is not finite, every gradient is not, whatever the loss is made of.
+
+    So the one decision on the gradient, which all ranks take together, holds for the loss of each.
+    """
+    return loss * torch.where(loss.detach().isfinite(), 1.0, torch.nan)

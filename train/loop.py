@@ -26,12 +26,17 @@ from torch import Tensor
 from prep.store import Store
 from train import checkpoint, config
 from train.build import model_config
+from train.config import RunConfig
 from train.engine import Engine, lr_factor
+from train.exit_codes import STOPPED
+from train.heartbeat import FIRST_STEP, Heart
+from train.incidents import Incidents
 from train.loader import Feed, TrainingSamples, batches, note_skipped, to_device
 from train.metrics import MetricsLog
+from train.module_trace import module_traces
+from train.self_check import Peers, surroundings, weights
 from train.sources import SourceTable
 
-STOPPED = 85  # exit code of a run that was asked to stop, and saved
 _stop_requested = False
 
 
@@ -46,11 +51,15 @@ def main(args: argparse.Namespace) -> int:
     for number in (signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, _request_stop)
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")  # DeepSpeed's, each step
-    deepspeed.init_distributed("nccl" if torch.cuda.is_available() else "gloo", verbose=False)
+    run, rank = config.load(args.out / "config.yaml"), int(os.environ["RANK"])
+    heart = Heart(args.out / "logs", rank, FIRST_STEP * run.faults.watchdog_s)
     try:
-        return train(args.out, args.resume)
+        peers = Peers(rank, int(os.environ["WORLD_SIZE"]), run.faults.watchdog_s)
+        return train(args.out, run, args.resume, peers, heart)
     finally:
-        dist.destroy_process_group()
+        if dist.is_initialized():
+            dist.destroy_process_group()
+        heart.stop()
 
 
 def _request_stop(number: int, frame: FrameType | None) -> None:
@@ -58,18 +67,22 @@ def _request_stop(number: int, frame: FrameType | None) -> None:
     _stop_requested = True
 
 
-def train(run_dir: Path, resume: str = "auto") -> int:
+def train(run_dir: Path, run: RunConfig, resume: str, peers: Peers, heart: Heart) -> int:
     """Run the steps that are left. Returns 0, or STOPPED after a signal."""
-    run = config.load(run_dir / "config.yaml")
     store = Store(json.loads((run_dir / "run.json").read_text())["store"])
-    rank, world_size = dist.get_rank(), dist.get_world_size()
+    rank, world_size = peers.rank, peers.world_size
+    samples = TrainingSamples(store.address, run, model_config(run))
+    peers.agree(surroundings(run, store.digest(), world_size) | module_traces(samples, rank, world_size))
+    deepspeed.init_distributed("nccl" if torch.cuda.is_available() else "gloo", verbose=False)
     seed_everything(run.seed)
     engine = Engine(run, SourceTable(store).keys, world_size)
-    samples = TrainingSamples(store.address, run, model_config(run))
     first_step = _resume(engine, samples, run_dir, resume)
+    peers.agree({"start": [f"step {first_step}"], "weights": weights(engine.model, deepspeed.zero.GatheredParameters)})
+    engine.on_phase = heart.enter
     if rank == 0:
         _write_environment(engine, run_dir, world_size, store)
     log = MetricsLog(run_dir, first_step, run.train.num_steps, run.log_every) if rank == 0 else None
+    incidents = Incidents(run_dir, samples)
     root = run_dir / "checkpoints"
     state = {
         "store_digest": store.digest(),
@@ -80,16 +93,23 @@ def train(run_dir: Path, resume: str = "auto") -> int:
     per_step = config.gradient_accumulation(run.train, world_size)
     try:
         for step in range(first_step, run.train.num_steps):
-            row, stop = _step(engine, feed, per_step, step)
+            heart.begin(step)
+            row, windows, stop = _step(engine, feed, per_step, step)
             note_skipped(run_dir, step, feed.skipped)
             if log is not None:
                 log.write(row)
+            spike = incidents.judge(step, engine.moved, row["loss"], windows)
+            if spike is not None:
+                heart.enter("rewind")
+                incidents.rewound(step, spike, _rewind(engine, root, spike))
             last = step + 1 == run.train.num_steps
-            if (step + 1) % run.checkpoint_every == 0 or last or stop:
+            if (step + 1) % run.checkpoint_every == 0 or last or stop or spike is not None:
+                heart.enter("save")
                 position = (step + 1) * run.train.global_batch_size
                 checkpoint.save(engine, root, step + 1, {**state, "position": position})
                 if rank == 0:
                     checkpoint.prune(root, run.keep_checkpoints)
+            heart.patience_s = run.faults.watchdog_s
             if stop and not last:
                 _say(f"asked to stop: saved step {step + 1}; the same command goes on from there")
                 return STOPPED
@@ -100,15 +120,27 @@ def train(run_dir: Path, resume: str = "auto") -> int:
     return 0
 
 
-def _step(engine: Engine, feed: Feed, per_step: int, step: int) -> tuple[dict[str, Any], bool]:
+def _rewind(engine: Engine, root: Path, begun: int) -> int | None:
+    """Undo a spike: everything that is trained goes back to the checkpoint before it, the data and the step go on.
+
+    So the position stays `step * global_batch_size`, and what the spike has read is not read again. What stands then is
+    saved at once: a resumed run begins there. Returns the checkpoint's step, or None where there is none so old.
+    """
+    found, _ = checkpoint.newest(root, begun)
+    if found is None:
+        return None
+    checkpoint.restore(engine, found)
+    return found.step
+
+
+def _step(engine: Engine, feed: Feed, per_step: int, step: int) -> tuple[dict[str, Any], Tensor, bool]:
     began_s = time.perf_counter()
     micro_batches = [to_device(next(feed), engine.device) for _ in range(per_step)]
     waited_s = time.perf_counter() - began_s
     num_tokens = sum(batch_tokens(batch) for batch in micro_batches)
-    loss, sums = engine.train_step(micro_batches, step)
-    shared = torch.cat(
-        [loss[None], sums.flatten(), torch.tensor([num_tokens, float(_stop_requested), len(feed.skipped)])]
-    ).double()
+    loss, windows = engine.train_step(micro_batches, step)
+    counts = torch.tensor([num_tokens, float(_stop_requested), len(feed.skipped)])
+    shared = torch.cat([loss[None], windows.sum(1).flatten(), counts]).double()
     shared = shared.to(engine.device)  # NCCL reduces nothing that lies in the host's memory
     dist.all_reduce(shared)
     shared = shared.to("cpu")
@@ -128,7 +160,7 @@ def _step(engine: Engine, feed: Feed, per_step: int, step: int) -> tuple[dict[st
     for name, total, count in zip(("spikes", "traces", "behavior"), nats, values, strict=True):
         if count:
             row[f"nats_{name}"] = float(total / count)
-    return row, bool(shared[8])
+    return row, windows.to(engine.device), bool(shared[8])
 
 
 def _resume(engine: Engine, samples: TrainingSamples, run_dir: Path, resume: str) -> int:
