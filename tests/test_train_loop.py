@@ -30,6 +30,7 @@ from train.checkpoint import CheckpointError
 from train.config import FAMILIES, ModelConfig, RunConfig
 from train.dataset import collate
 from train.engine import lr_factor, make_optimizer
+from train.exit_codes import STOPPED
 from train.loader import TrainingSamples, batches
 from train.metrics import read_metrics
 from train.sampler import mix
@@ -63,7 +64,7 @@ from train import loop
 step_of = loop._step
 def step_and_stop(engine, feed, per_step, step):
     if step == 3 and os.environ["RANK"] == "0":
-        os.kill(os.getppid(), signal.SIGTERM)
+        os.kill(os.getppid(), int(sys.argv[3]))
         while not loop._stop_requested:
             time.sleep(0.01)
     return step_of(engine, feed, per_step, step)
@@ -77,7 +78,7 @@ import os, sys
 from pathlib import Path
 from train.hostfile import Host
 from train.launch import launch
-sys.exit(launch([Host("localhost", 2)], sys.argv[1:], Path(sys.argv[-1]) / "logs", os.environ))
+sys.exit(launch([Host("localhost", 2)], sys.argv[1:], Path(sys.argv[5]) / "logs", os.environ))
 """
 
 
@@ -274,13 +275,14 @@ def test_five_steps_and_a_resume_and_five_are_ten_to_the_last_bit(
             assert ours.manifest["files"][name] == file, name
 
 
-def test_sigterm_to_the_launcher_saves_and_the_run_goes_on_identically(
-    two_ranks: Path, store: Path, run: RunConfig, tmp_path: Path
+@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGUSR1, marks=pytest.mark.slow)])
+def test_a_signal_to_the_launcher_saves_and_the_run_goes_on_identically(
+    two_ranks: Path, store: Path, run: RunConfig, tmp_path: Path, number: signal.Signals
 ) -> None:
     out = prepare_run(tmp_path / "stopped", store, run)
-    worker = [sys.executable, "-c", STOPPED_AT_STEP_3, "worker", str(out)]
+    worker = [sys.executable, "-c", STOPPED_AT_STEP_3, "worker", str(out), str(int(number))]
     done = subprocess.run([sys.executable, "-c", LAUNCHER, *worker], env=rank_environment(), capture_output=True)
-    assert done.returncode == 128 + signal.SIGTERM, done.stderr.decode()
+    assert done.returncode == STOPPED, done.stderr.decode()
     assert [path.name for path in (out / "checkpoints").iterdir()] == ["step-00000004"]
     log = (out / "logs" / "rank-00000.log").read_text()
     assert "asked to stop: saved step 4; the same command goes on from there" in log

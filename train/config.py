@@ -208,7 +208,7 @@ class FaultConfig:
 
     watchdog_s: float = 120.0  # how long a phase of a step may last; five times as long until the first step is done
     max_bad_steps: int = 5  # skipped one after the other, because loss or gradient was not finite
-    spike_factor: float = 0.0  # losses this many times their usual spread above the median are a spike; 0 = never
+    spike_factor: float = 0.0  # a loss this many mean distances from its turn's median above it is high; 0 = none is
     spike_steps: int = 8  # in a row, until a spike is undone: weights go back to the checkpoint before, the data go on
 
     def __post_init__(self) -> None:

@@ -4,7 +4,7 @@ In: the loss of each step, the same on all ranks. Out: the step with which a spi
 """
 
 from collections import defaultdict, deque
-from statistics import median
+from statistics import fmean, median
 
 from train.config import FaultConfig, Turn
 
@@ -44,5 +44,5 @@ class LossWatch:
         if len(usual) < ENOUGH:
             return False
         middle = median(usual)
-        spread = median(abs(one - middle) for one in usual)
+        spread = fmean(abs(one - middle) for one in usual)
         return loss > middle + self._config.spike_factor * spread
