@@ -61,14 +61,14 @@ sys.exit(main(["worker", *sys.argv[1:]]))
 STOPPED_AT_STEP_3 = """
 import os, signal, sys, time
 from train import loop
-step_of = loop._step
-def step_and_stop(engine, feed, per_step, step):
+step_of = loop.take_step
+def step_and_stop(engine, feed, per_step, step, stop_requested):
     if step == 3 and os.environ["RANK"] == "0":
         os.kill(os.getppid(), int(sys.argv[3]))
-        while not loop._stop_requested:
+        while not stop_requested():
             time.sleep(0.01)
-    return step_of(engine, feed, per_step, step)
-loop._step = step_and_stop
+    return step_of(engine, feed, per_step, step, stop_requested)
+loop.take_step = step_and_stop
 from train.__main__ import main
 sys.exit(main(["worker", "--out", sys.argv[2]]))
 """

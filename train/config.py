@@ -6,12 +6,14 @@ In: train/configs/*.yaml. Out: RunConfig, whose resolved form is saved with the 
 import difflib
 import inspect
 import json
+import re
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 from prep.settings import MODALITIES, ConfigError, build, parse_value, read_yaml, write_yaml
 
+Board = Literal["tensorboard", "wandb"]
 Family = Literal["co_smoothing", "forecasting", "encoding", "decoding", "inpainting"]
 MAX_WEIGHT = 1000.0  # of a window in one pass
 FAMILIES: tuple[Family, ...] = ("co_smoothing", "forecasting", "encoding", "decoding", "inpainting")
@@ -226,15 +228,31 @@ class RunConfig:
     checkpoint_every: int = 50
     keep_checkpoints: int = 2
     log_every: int = 10
+    log_to: tuple[Board, ...] = ("tensorboard",)  # beside metrics.jsonl
+    validate_every: int = 500  # steps, and at the end: scores on fixed windows of the valid split; 0 = never
+    validate_windows: int = 2  # of each session
+    profile_steps: str = ""  # FIRST:STOP are traced by torch.profiler; the operations of step STOP are counted
+    peak_tflops: float = 0.0  # what one device can do, for the MFU; 0 = as the data sheet of a known GPU says
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     train: OptimConfig = field(default_factory=OptimConfig)
     faults: FaultConfig = field(default_factory=FaultConfig)
 
     def __post_init__(self) -> None:
-        if self.seed < 0:
-            raise ConfigError(f"seed = {self.seed} must not be negative.")
-        _check_positive(self, "checkpoint_every", "keep_checkpoints", "log_every")
+        for name in ("seed", "validate_every", "peak_tflops"):
+            if getattr(self, name) < 0:
+                raise ConfigError(f"{name} = {getattr(self, name)} must not be negative.")
+        _check_positive(self, "checkpoint_every", "keep_checkpoints", "log_every", "validate_windows")
+        if self.profile_steps and not (re.fullmatch(r"\d+:\d+", self.profile_steps) and self.profiled):
+            raise ConfigError(
+                f"profile_steps = {self.profile_steps!r} must be FIRST:STOP, for instance '10:12' for steps 10 and 11."
+            )
+
+    @property
+    def profiled(self) -> range:
+        """The steps that are traced; none by default."""
+        first, _, stop = self.profile_steps.partition(":")
+        return range(int(first or 0), int(stop or 0))
 
     def turn(self, step: int) -> Turn:
         """What an optimizer step trains: a function of the step alone, the same on all ranks."""
@@ -249,9 +267,14 @@ class RunConfig:
         lengths_s = [self.data.context_s, *(stage.context_s for stage in self.train.context_schedule)]
         return list(dict.fromkeys(_turn(text, context_s) for context_s in lengths_s for text in self.train.families))
 
+    def as_dict(self) -> dict[str, Any]:
+        """The resolved configuration, as YAML and JSON have it."""
+        content: dict[str, Any] = json.loads(json.dumps(asdict(self)))
+        return content
+
     def save(self, path: Path) -> None:
         """Write the resolved configuration as YAML."""
-        write_yaml(path, json.loads(json.dumps(asdict(self))))
+        write_yaml(path, self.as_dict())
 
 
 def _turn(text: str, context_s: float) -> Turn:

@@ -357,3 +357,14 @@ def collate(samples: list[dict[str, Array]], pinned: bool = False) -> dict[str, 
         np.stack([sample[name] for sample in samples], out=stacked.numpy())
         batch[name] = stacked
     return batch
+
+
+def collate_windows(windows: list[Window], masks: list[Mask]) -> dict[str, Tensor]:
+    """A batch of windows under masks, in the smallest shape that holds them all."""
+    largest = Budget(
+        max(len(window.sources.row) for window in windows),
+        max(1, *(int(mask.visible.sum()) for mask in masks)),
+        max(1, *(int(mask.asked.sum()) for mask in masks)),
+        max(1, *(len(window.pixels) * mask.frames for window, mask in zip(windows, masks, strict=True))),
+    )
+    return collate([make_sample(window, mask, largest) for window, mask in zip(windows, masks, strict=True)])

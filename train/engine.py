@@ -6,7 +6,7 @@ One process or many: the same weights, the same batches, the same steps.
 
 import contextlib
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -20,6 +20,7 @@ from train.build import HALVED, build_model, whole
 from train.config import OptimConfig, RunConfig, deepspeed_config
 from train.model.modeling_brainloom import BrainloomForPreTraining, BrainloomPreTrainingOutput
 from train.sampler import mix
+from train.timing import StepTimer
 from train.unit_table import UnitTable
 
 BETAS = (0.9, 0.95)
@@ -91,7 +92,7 @@ class Engine:
             model=model, optimizer=optimizer, config=self.ds_config, dist_init_required=False
         )
         self.device: torch.device = self.deepspeed.device
-        self.on_phase: Callable[[str], None] = lambda name: None  # told of each phase as it begins
+        self.timer = StepTimer(self.device)
         averages = config.train.average_steps > 0
         # A group of its own: the exchange of rows does not queue behind ZeRO's gathers.
         self.table = UnitTable(keys, model.config.unit_embed_size, self.device, averages, dist.new_group())
@@ -119,6 +120,21 @@ class Engine:
         output: BrainloomPreTrainingOutput = self.deepspeed(context_s=context_s, **arguments)
         return output
 
+    @torch.no_grad()
+    def predict(self, batch: dict[str, Tensor], context_s: float) -> Tensor:
+        """Predictions (B, Q, P) of a batch without dropout; every rank calls it, and nothing of the training moves."""
+        unlabelled = {name: tensor for name, tensor in batch.items() if name not in ("labels", "label_mask")}
+        self.deepspeed.eval()
+        predictions = self.forward(unlabelled, context_s).predictions
+        self.deepspeed.train()
+        self.table.discard()
+        assert predictions is not None
+        return predictions
+
+    def gradient_norm(self) -> float:
+        """Of the core's gradient at the last step, before it was clipped."""
+        return float(self.deepspeed.get_global_grad_norm() or 0.0)
+
     def train_step(self, micro_batches: list[dict[str, Tensor]], step: int) -> tuple[Tensor, Tensor]:
         """One optimizer step, or none where loss or gradient is not finite on any rank: then nothing moves on all.
 
@@ -134,15 +150,15 @@ class Engine:
         for number, batch in enumerate(micro_batches, dist.get_rank() * len(micro_batches)):
             # A micro-batch is of the same samples on any number of ranks, and so is what dropout leaves out of it.
             torch.manual_seed(mix(step * self.config.train.global_batch_size + number * size, self.config.seed))
-            self.on_phase("forward")
-            output = self.forward(batch, context_s)
+            with self.timer.phase("forward"):
+                output = self.forward(batch, context_s)
             assert output.loss is not None and output.nats is not None and output.num_values is not None
-            self.on_phase("backward")
-            self.deepspeed.backward(infectious(output.loss))
-            if self.deepspeed.is_gradient_accumulation_boundary():
-                self.table.exchange()
-            self.on_phase("optimizer")
-            self.deepspeed.step()
+            with self.timer.phase("backward"):
+                self.deepspeed.backward(infectious(output.loss))
+                if self.deepspeed.is_gradient_accumulation_boundary():
+                    self.table.exchange()
+            with self.timer.phase("optimizer"):
+                self.deepspeed.step()
             loss += output.loss.detach().cpu() / len(micro_batches)
             windows.append(torch.stack([output.nats.detach(), output.num_values.to(output.nats)]).cpu())
         self._follow(step, self.config.train.unit_lr * factor)
@@ -160,9 +176,10 @@ class Engine:
             return
         keep = average_decay(step, self.config.train) if self.average else 0.0
         norm = torch.as_tensor(self.deepspeed.get_global_grad_norm())
-        self.table.step(unit_lr, step + 1, keep, (self.config.train.clip_norm / (norm + 1e-6)).clamp(max=1.0))
-        if self.average:
-            torch._foreach_lerp_([*self.average.values()], [part for _, part in self.masters()], 1 - keep)
+        with self.timer.phase("optimizer"):
+            self.table.step(unit_lr, step + 1, keep, (self.config.train.clip_norm / (norm + 1e-6)).clamp(max=1.0))
+            if self.average:
+                torch._foreach_lerp_([*self.average.values()], [part for _, part in self.masters()], 1 - keep)
 
 
 def infectious(loss: Tensor) -> Tensor:

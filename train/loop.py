@@ -11,31 +11,31 @@ import platform
 import random
 import signal
 import sys
-import time
 import warnings
 from pathlib import Path
 from types import FrameType
-from typing import Any
 
 import deepspeed
 import numpy as np
 import torch
 import torch.distributed as dist
-from torch import Tensor
 
 from prep.store import Store
 from train import checkpoint, config
 from train.build import model_config
 from train.config import RunConfig
-from train.engine import Engine, lr_factor
+from train.engine import Engine
 from train.exit_codes import STOPPED
 from train.heartbeat import FIRST_STEP, Heart
 from train.incidents import Incidents
-from train.loader import Feed, TrainingSamples, batches, note_skipped, to_device
+from train.loader import TrainingSamples, batches, note_skipped
 from train.metrics import MetricsLog
 from train.module_trace import module_traces
+from train.profiling import Profiler
 from train.self_check import Peers, surroundings, weights
 from train.sources import SourceTable
+from train.step import take_step
+from train.validation import Validation
 
 _stop_requested = False
 
@@ -67,6 +67,11 @@ def _request_stop(number: int, frame: FrameType | None) -> None:
     _stop_requested = True
 
 
+def stop_requested() -> bool:
+    """Has a signal asked this rank to save and leave?"""
+    return _stop_requested
+
+
 def train(run_dir: Path, run: RunConfig, resume: str, peers: Peers, heart: Heart) -> int:
     """Run the steps that are left. Returns 0, or STOPPED after a signal."""
     store = Store(json.loads((run_dir / "run.json").read_text())["store"])
@@ -78,11 +83,13 @@ def train(run_dir: Path, run: RunConfig, resume: str, peers: Peers, heart: Heart
     engine = Engine(run, SourceTable(store).keys, world_size)
     first_step = _resume(engine, samples, run_dir, resume)
     peers.agree({"start": [f"step {first_step}"], "weights": weights(engine.model, deepspeed.zero.GatheredParameters)})
-    engine.on_phase = heart.enter
+    engine.timer.on_phase = heart.enter
     if rank == 0:
         _write_environment(engine, run_dir, world_size, store)
-    log = MetricsLog(run_dir, first_step, run.train.num_steps, run.log_every) if rank == 0 else None
-    incidents = Incidents(run_dir, samples)
+    engine.timer.time_collectives()
+    log = MetricsLog(run_dir, run, first_step) if rank == 0 else None
+    incidents, validation = Incidents(run_dir, samples), Validation(store, run)
+    profiler = Profiler(samples, run_dir, rank, world_size)
     root = run_dir / "checkpoints"
     state = {
         "store_digest": store.digest(),
@@ -94,7 +101,8 @@ def train(run_dir: Path, run: RunConfig, resume: str, peers: Peers, heart: Heart
     try:
         for step in range(first_step, run.train.num_steps):
             heart.begin(step)
-            row, windows, stop = _step(engine, feed, per_step, step)
+            with profiler.watch(step):
+                row, windows, stop = take_step(engine, feed, per_step, step, stop_requested)
             note_skipped(run_dir, step, feed.skipped)
             if log is not None:
                 log.write(row)
@@ -103,6 +111,11 @@ def train(run_dir: Path, run: RunConfig, resume: str, peers: Peers, heart: Heart
                 heart.enter("rewind")
                 incidents.rewound(step, spike, _rewind(engine, root, spike))
             last = step + 1 == run.train.num_steps
+            if validation.is_due(step + 1):
+                heart.enter("validation")
+                scores = validation.score(engine.predict, engine.device)
+                if log is not None:
+                    log.write_validation({"step": step + 1, **scores})
             if (step + 1) % run.checkpoint_every == 0 or last or stop or spike is not None:
                 heart.enter("save")
                 position = (step + 1) * run.train.global_batch_size
@@ -131,36 +144,6 @@ def _rewind(engine: Engine, root: Path, begun: int) -> int | None:
         return None
     checkpoint.restore(engine, found)
     return found.step
-
-
-def _step(engine: Engine, feed: Feed, per_step: int, step: int) -> tuple[dict[str, Any], Tensor, bool]:
-    began_s = time.perf_counter()
-    micro_batches = [to_device(next(feed), engine.device) for _ in range(per_step)]
-    waited_s = time.perf_counter() - began_s
-    num_tokens = sum(batch_tokens(batch) for batch in micro_batches)
-    loss, windows = engine.train_step(micro_batches, step)
-    counts = torch.tensor([num_tokens, float(_stop_requested), len(feed.skipped)])
-    shared = torch.cat([loss[None], windows.sum(1).flatten(), counts]).double()
-    shared = shared.to(engine.device)  # NCCL reduces nothing that lies in the host's memory
-    dist.all_reduce(shared)
-    shared = shared.to("cpu")
-    nats, values = shared[1:7].reshape(2, 3)
-    seconds = time.perf_counter() - began_s
-    families = engine.config.train.families
-    row: dict[str, Any] = {
-        "step": step,
-        "family": families[step % len(families)],
-        "loss": float(shared[0]) / dist.get_world_size(),
-        "lr": engine.config.train.lr * lr_factor(step, engine.config.train),
-        "tokens_per_s": float(shared[7]) / seconds,
-        "data_wait_share": waited_s / seconds,
-        "seconds": seconds,
-        "skipped_windows": int(shared[9]),
-    }
-    for name, total, count in zip(("spikes", "traces", "behavior"), nats, values, strict=True):
-        if count:
-            row[f"nats_{name}"] = float(total / count)
-    return row, windows.to(engine.device), bool(shared[8])
 
 
 def _resume(engine: Engine, samples: TrainingSamples, run_dir: Path, resume: str) -> int:
@@ -214,8 +197,3 @@ def _say(message: str) -> None:
 
 def _digest(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
-
-
-def batch_tokens(batch: dict[str, Tensor]) -> int:
-    """Visible tokens and asked tokens of a batch."""
-    return int(batch["input_mask"].sum() + batch["label_mask"].any(-1).sum())
