@@ -14,6 +14,7 @@ from train_builders import ROOT, handmade_checkpoint, moved_trained, tiny_run, t
 
 from train import checkpoint
 from train.checkpoint import CheckpointError, full_state, newest, open_checkpoint, prune, seal
+from train.saving import clear_unsealed
 from train.trained import Trained
 
 FILES = (
@@ -120,6 +121,7 @@ def test_old_checkpoints_and_leftovers_are_removed(sealed: Path, tmp_path: Path)
         shutil.copytree(sealed, tmp_path / f"step-{step:08d}")
     (tmp_path / ".step-00000004.partial").mkdir()
     prune(tmp_path, keep=2)
+    clear_unsealed(tmp_path)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step-00000002", "step-00000003"]
 
 

@@ -43,12 +43,12 @@ def move(table: UnitTable, rows: list[int], step: int) -> None:
 
 
 def save(table: UnitTable, root: Path, step: int) -> Path:
-    """A checkpoint that holds nothing but the table, written as checkpoint.save does."""
+    """A checkpoint that holds nothing but the table, written as saving.Saver does."""
     folder = root / f"step-{step:08d}"
     folder.mkdir()
     full_step = table_files.full_save(table)
     save_file(table_files.moved_rows(table, full_step), folder / table_files.file_name(step, 0))
-    seal(folder, step, table_files.link_full_save(table, full_step, folder))
+    seal(folder, step, table_files.link_full_save(table.saved_in, full_step, folder))
     table.saved_in = folder
     return folder
 

@@ -111,6 +111,16 @@ def _check_context(where: str, context_s: Any) -> None:
         raise ConfigError(f"{where} = {context_s} must be a positive multiple of 0.1 s (one token).")
 
 
+def _check_schedule(train: "OptimConfig") -> None:
+    if train.decay_steps and train.schedule != "wsd":
+        raise ConfigError(f"decay_steps = {train.decay_steps} is of schedule wsd, and this is {train.schedule}.")
+    if not 0 <= train.decay_steps <= train.num_steps - train.warmup_steps * (train.decay_steps > 0):
+        raise ConfigError(
+            f"decay_steps = {train.decay_steps} and warmup_steps = {train.warmup_steps} do not fit into num_steps = "
+            f"{train.num_steps}."
+        )
+
+
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
     """Which model: a preset, and what differs from it (keys of BrainloomConfig)."""
@@ -182,9 +192,12 @@ class OptimConfig:
     global_batch_size: int = 32
     micro_batch_size: int = 16
     lr: float = 1e-3
+    vector_lr_scale: float = 1.0  # of norms, biases and embeddings: their learning rate is lr times this
     unit_lr: float = 0.1
     weight_decay: float = 0.01
+    schedule: Literal["cosine", "wsd"] = "cosine"
     warmup_steps: int = 20
+    decay_steps: int = 0  # under wsd (warm-up, stable, decay): how many of the last steps decay
     final_lr_fraction: float = 0.05
     clip_norm: float = 1.0
     average_steps: int = 0  # horizon of the running average of all weights that is evaluated and exported; 0 = none
@@ -192,12 +205,15 @@ class OptimConfig:
     families: tuple[str, ...] = FAMILIES  # in turn, one a step: FAMILY[+FAMILY …][@SECONDS], by default data.context_s
     context_schedule: tuple[ContextFrom, ...] = ()  # a curriculum; until its first stage data.context_s
     precision: Literal["fp32", "bf16"] = "fp32"
+    compile: bool = False  # the inside of each block, by torch.compile
+    activation_checkpointing: bool = False  # compute activations again in the backward pass instead of keeping them
 
     def __post_init__(self) -> None:
         _check_positive(self, "num_steps", "global_batch_size", "micro_batch_size", "clip_norm")
         steps = [stage.from_step for stage in self.context_schedule]
         if steps != sorted(set(steps)):
             raise ConfigError(f"context_schedule has from_step {steps}; expected each to be more than the one before.")
+        _check_schedule(self)
         if not self.families:
             raise ConfigError(f"families is empty. Give at least one of {list(FAMILIES)}.")
         for number, text in enumerate(self.families):
@@ -226,7 +242,8 @@ class RunConfig:
     seed: int = 0
     ds_config: str = "ds_configs/zero3.json"
     checkpoint_every: int = 50
-    keep_checkpoints: int = 2
+    keep_checkpoints: int = 2  # the newest; and for ever:
+    keep_every: int = 0  # those of every so many steps; 0 = none
     log_every: int = 10
     log_to: tuple[Board, ...] = ("tensorboard",)  # beside metrics.jsonl
     validate_every: int = 500  # steps, and at the end: scores on fixed windows of the valid split; 0 = never
@@ -312,6 +329,9 @@ def gradient_accumulation(config: OptimConfig, world_size: int) -> int:
     return config.global_batch_size // per_pass
 
 
+NEVER_IN_MECHANICS = ("optimizer", "scheduler", "fp16", "compile", "activation_checkpointing")
+
+
 def deepspeed_config(config: RunConfig, world_size: int) -> dict[str, Any]:
     """The resolved DeepSpeed JSON: mechanics from the file, everything else from the run's YAML."""
     path = Path(config.ds_config)
@@ -328,6 +348,6 @@ def deepspeed_config(config: RunConfig, world_size: int) -> dict[str, Any]:
         "gradient_clipping": config.train.clip_norm,
         "bf16": {"enabled": config.train.precision == "bf16"},
     }
-    for key in {*ours, "optimizer", "scheduler", "fp16"} & set(mechanics):
+    for key in {*ours, *NEVER_IN_MECHANICS} & set(mechanics):
         raise ConfigError(f"{path}: {key} belongs to the run's YAML, not to the engine's mechanics. Remove it there.")
     return {**mechanics, **ours}

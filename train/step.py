@@ -13,8 +13,9 @@ from torch import Tensor
 
 from prep.settings import MODALITIES
 from train import usage
-from train.engine import Engine, lr_factor
+from train.engine import Engine
 from train.loader import Feed, to_device
+from train.schedule import lr_factor
 
 PREDICTED = MODALITIES[:3]  # the stimulus is only seen
 

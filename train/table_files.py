@@ -57,21 +57,21 @@ def full_save(table: UnitTable) -> int:
     return int(step) if 2 * since < ever else 0
 
 
-def link_full_save(table: UnitTable, step: int, folder: Path) -> dict[str, Any]:
-    """Put the files of the full save of a step into a new checkpoint; their entries of the manifest.
+def link_full_save(saved_in: Path | None, step: int, folder: Path) -> dict[str, Any]:
+    """Put the files of the full save of a step, which `saved_in` has, into a new checkpoint; their entries there.
 
     The digests are those of the full save: were the files read again, damage since then would be sealed as sound.
     """
     if step == 0:
         return {}
-    assert table.saved_in is not None
-    manifest = json.loads((table.saved_in / "manifest.json").read_text())
+    assert saved_in is not None
+    manifest = json.loads((saved_in / "manifest.json").read_text())
     entries = {name: entry for name, entry in manifest["files"].items() if name.startswith(f"units-{step:08d}-")}
     for name in entries:
         try:
-            os.link(table.saved_in / name, folder / name)
+            os.link(saved_in / name, folder / name)
         except OSError:  # a file system without links
-            shutil.copyfile(table.saved_in / name, folder / name)
+            shutil.copyfile(saved_in / name, folder / name)
     return entries
 
 
