@@ -138,10 +138,11 @@ class UnitTable:
         self._gradient: tuple[Tensor, Tensor] | None = None
 
     def fetch(self, *rows: Tensor) -> None:
-        """Begin to gather the rows of all micro-batches of a step, each once: the lookups until `step` find them here.
+        """Begin a step: gather the rows of all its micro-batches, each once; the lookups until `step` find them here.
 
-        All ranks call it. Rows move in `step` alone, so that this may be done before the first forward.
+        All ranks call it. Rows move in `step` alone, so that the exchange may go on while the first forward begins.
         """
+        self.discard()
         self._ahead = self._fetch(*rows)
 
     def lookup(self, rows_BS: Tensor) -> Tensor:
