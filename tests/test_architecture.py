@@ -24,7 +24,7 @@ ONLY_IN = {
     "isal": {"prep.nwb.chunks"},
     "deepspeed": {"train.engine", "train.checkpoint", "train.launch", "train.ranks", "train.loop"},
     "huggingface_hub": {"train.export", "train.push"},
-    "jinja2": {"prep.report"},
+    "jinja2": {"prep.report", "train.report"},
     "botocore": {"prep.s3"},
     "av": {"prep.nwb.assets"},
     "PIL": {"prep.nwb.assets"},
