@@ -113,7 +113,9 @@ def _check_context(where: str, context_s: Any) -> None:
 
 def _check_schedule(train: "OptimConfig") -> None:
     if train.decay_steps and train.schedule != "wsd":
-        raise ConfigError(f"decay_steps = {train.decay_steps} is of schedule wsd, and this is {train.schedule}.")
+        raise ConfigError(
+            f"decay_steps = {train.decay_steps} is of schedule wsd, and this is {train.schedule}. Set schedule=wsd."
+        )
     if not 0 <= train.decay_steps <= train.num_steps - train.warmup_steps * (train.decay_steps > 0):
         raise ConfigError(
             f"decay_steps = {train.decay_steps} and warmup_steps = {train.warmup_steps} do not fit into num_steps = "
@@ -341,6 +343,9 @@ def deepspeed_config(config: RunConfig, world_size: int) -> dict[str, Any]:
         raise ConfigError(f"ds_config = {config.ds_config} does not exist. Valid: a file of ds_configs/.") from error
     except ValueError as error:
         raise ConfigError(f"{path} is not valid JSON: {error}") from error
+    per_node = min(mechanics.get("zero_optimization", {}).get("zero_hpz_partition_size", 1), world_size)
+    if world_size % per_node:
+        raise ConfigError(f"{path}: zero_hpz_partition_size {per_node} does not divide {world_size} ranks. Change it.")
     ours = {
         "train_batch_size": config.train.global_batch_size,
         "train_micro_batch_size_per_gpu": config.train.micro_batch_size,

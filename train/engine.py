@@ -11,9 +11,13 @@ from typing import Any
 import deepspeed
 import torch
 import torch.distributed as dist
+from deepspeed.ops.op_builder import AsyncIOBuilder
+from deepspeed.utils import set_z3_leaf_modules
 from torch import Tensor, nn
 
+from prep.settings import ConfigError
 from train.build import HALVED, build_model, whole
+from train.compiled import compile_blocks
 from train.config import OptimConfig, RunConfig, deepspeed_config
 from train.model.modeling_brainloom import BrainloomForPreTraining, BrainloomPreTrainingOutput
 from train.partitions import MASTER, Partitions
@@ -67,6 +71,16 @@ def count_in_norm(optimizer: Any, table: UnitTable) -> None:
         optimizer.scaled_global_norm = lambda: torch.hypot(norm := total(), table.norm.to(norm.device))
 
 
+def check_nvme(mechanics: dict[str, Any], path: str) -> None:
+    """Refuse to keep states on NVMe where DeepSpeed could not compile what writes there."""
+    devices = {mechanics[key]["device"] for key in ("offload_optimizer", "offload_param") if key in mechanics}
+    if "nvme" in devices and not AsyncIOBuilder().is_compatible():
+        raise ConfigError(
+            f"{path} keeps states on NVMe, for which DeepSpeed compiles an op that needs libaio, and it is not here. "
+            "Install it (Debian: `apt-get install libaio-dev`), or use ds_configs/zero3_offload.json."
+        )
+
+
 class Engine:
     """The model under DeepSpeed and the unit table; one `train_step` is one optimizer step."""
 
@@ -74,9 +88,15 @@ class Engine:
         self.config = config
         self.ds_config = deepspeed_config(config, world_size)
         mechanics = self.ds_config["zero_optimization"]
+        check_nvme(mechanics, config.ds_config)
         stage3 = mechanics["stage"] == 3
         with deepspeed.zero.Init(config_dict_or_path=self.ds_config) if stage3 else contextlib.nullcontext():
             model = build_model(config, _gather if stage3 else whole)
+        if config.train.activation_checkpointing:
+            model.activation_checkpointing_enable({"use_reentrant": False})
+        if config.train.compile:
+            # ZeRO-3 gathers weights in hooks, which cannot be compiled: those of a block around it, all at once.
+            set_z3_leaf_modules(model, compile_blocks(model))
         self.num_parameters = sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters())
         # On the host, torch's other ways of computing the step are several times slower.
         optimizer = make_optimizer(model, config.train, fused=True if "offload_optimizer" in mechanics else None)

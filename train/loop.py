@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 
 from prep.store import Store
-from train import chance, checkpoint, config, start
+from train import chance, checkpoint, compiled, config, start
 from train.build import model_config
 from train.config import RunConfig
 from train.engine import Engine
@@ -109,6 +109,8 @@ def train(run_dir: Path, run: RunConfig, resume: str, peers: Peers, heart: Heart
             if spike is not None:
                 heart.enter("rewind")
                 incidents.rewound(step, spike, _rewind(engine, saver, spike))
+            if run.train.compile and step + 1 - first_step == len(run.turns):  # each shape has had its turn
+                _say(compiled.summary())
             last = step + 1 == run.train.num_steps
             if validation.is_due(step + 1):
                 heart.enter("validation")

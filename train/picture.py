@@ -75,7 +75,7 @@ def _predict(trained: Trained, label: str, task: Task, session: int, num_windows
     """Samples of a run of neighbouring windows: time (n,), source (n,), truth (n,), prediction (n,), null (n,)."""
     context_s = trained.run.data.context_s
     windows = split_windows(trained.store, label, context_s, context_s)
-    starts = [windows.locate(i)[1] for i in windows.of_session(session)[:num_windows]]
+    starts = [windows.locate(i)[1] for i in windows.of_sessions().get(session, range(0))[:num_windows]]
     parts = []
     for start in starts:
         window = trained.reader.read(session, start, windows.context_ns)
