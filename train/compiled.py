@@ -1,15 +1,23 @@
-"""The inside of blocks, compiled.
+"""The model, compiled: as one graph, or the inside of its blocks.
 
-In: a model. Out: the same model, whose blocks torch.compile turns into kernels; how often it gave up or began again.
+In: a model. Out: the same model, which torch.compile turns into kernels; how often it gave up or began again.
 """
 
 import inspect
+from typing import TypeVar
 
 import torch
 from torch import nn
 from torch._dynamo.utils import counters, get_compilation_metrics
 
 from train.model.modeling_brainloom import BrainloomForPreTraining
+
+Module = TypeVar("Module", bound=nn.Module)
+
+
+def compile_whole(model: BrainloomForPreTraining) -> None:
+    """Compile all of it, one graph for each family and length of windows; there must be no hook in it."""
+    model.__class__ = _compiled(type(model))
 
 
 def compile_blocks(model: BrainloomForPreTraining) -> list[type[nn.Module]]:
@@ -21,8 +29,8 @@ def compile_blocks(model: BrainloomForPreTraining) -> list[type[nn.Module]]:
     return [*kinds.values()]
 
 
-def _compiled(kind: type[nn.Module]) -> type[nn.Module]:
-    """The same block with a compiled `forward`; its checkpointing, which transformers puts around, stays around."""
+def _compiled(kind: type[Module]) -> type[Module]:
+    """The same module with a compiled `forward`; its checkpointing, which transformers puts around, stays around."""
     forward = torch.compile(inspect.unwrap(kind.forward), dynamic=False)  # each family of tasks has its own shapes
     return type(kind.__name__, (kind,), {"forward": forward, "__module__": kind.__module__})
 

@@ -207,7 +207,7 @@ class OptimConfig:
     families: tuple[str, ...] = FAMILIES  # in turn, one a step: FAMILY[+FAMILY …][@SECONDS], by default data.context_s
     context_schedule: tuple[ContextFrom, ...] = ()  # a curriculum; until its first stage data.context_s
     precision: Literal["fp32", "bf16"] = "fp32"
-    compile: bool = False  # the inside of each block, by torch.compile
+    compile: bool = False  # by torch.compile: the model as one graph, under ZeRO-3 the inside of each block
     activation_checkpointing: bool = False  # compute activations again in the backward pass instead of keeping them
 
     def __post_init__(self) -> None:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from prep.settings import ConfigError
 from train.build import HALVED, build_model, whole
-from train.compiled import compile_blocks
+from train.compiled import compile_blocks, compile_whole
 from train.config import OptimConfig, RunConfig, deepspeed_config
 from train.model.modeling_brainloom import BrainloomForPreTraining, BrainloomPreTrainingOutput
 from train.partitions import MASTER, Partitions
@@ -94,7 +94,9 @@ class Engine:
             model = build_model(config, _gather if stage3 else whole)
         if config.train.activation_checkpointing:
             model.activation_checkpointing_enable({"use_reentrant": False})
-        if config.train.compile:
+        if config.train.compile and not stage3:
+            compile_whole(model)
+        elif config.train.compile:
             # ZeRO-3 gathers weights in hooks, which cannot be compiled: those of a block around it, all at once.
             set_z3_leaf_modules(model, compile_blocks(model))
         self.num_parameters = sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters())
