@@ -152,6 +152,7 @@ def _network(made: Hosts) -> Iterator[None]:
             etc = Path("/etc/netns") / space
             (etc / "ssh").mkdir(parents=True)
             (etc / "hosts").write_text(f"127.0.0.1 localhost\n{known}")
+            (etc / "resolv.conf").write_text("nameserver 127.0.0.1\n")  # nobody listens: unknown names fail at once
             (etc / "ssh" / "ssh_config").write_text(SSH_CONFIG.format(folder=made.folder))
             (etc / "ssh" / "sshd_config").write_text(SSHD_CONFIG.format(folder=made.folder))
             _ip("netns", "add", space)
