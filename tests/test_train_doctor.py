@@ -321,22 +321,25 @@ def test_each_host_with_a_fault_of_its_own_is_named(tmp_path: Path) -> None:
     assert any("fast             clock       FAIL" in line and "ahead" in line for line in fails)
     assert any("other            code        FAIL  digest 000000000000, revision old" in line for line in fails)
     assert {line.split()[0] for line in fails if " locks " in line} == {"good", "fast", "other"}
-    assert {line.split()[1] for line in fails if line.startswith("good")} == {"locks"}
-    # ssh knows the names and nobody else; the three that answered meet by their addresses all the same.
-    measured = [line for line in done.stdout.splitlines() if " all-reduce  ok" in line]
+    assert {line.split()[1] for line in fails if line.startswith("good")} - {"all-reduce"} == {"locks"}
+    # ssh knows the names and nobody else; the three that answered meet by their addresses all the same. How fast they
+    # are beside each other is this machine's load.
+    measured = [line for line in done.stdout.splitlines() if " all-reduce  " in line]
     assert len(measured) == 3 and all("2 pair(s)" in line for line in measured), done.stdout
+    assert not [line for line in measured if "failed with" in line]
 
 
 def test_a_pair_is_measured_and_one_whose_other_half_stays_away_is_an_error() -> None:
     port = doctor_probe.interface("127.0.0.1", {})["port"]
     task = {"names": ["a", "b", "c"], "address": "127.0.0.1", "port": port, "interface": "lo", "use_gpu": False}
-    code = "from train import doctor_pairs as d; d.PAIR_S = 6.0; d.main(None)"
+    code = "from train import doctor_pairs as d; d.START_S = 20.0; d.main(None)"
     commands = [[sys.executable, "-c", code]] * 2  # c does not come
     texts = [json.dumps({**task, "rank": rank}) for rank in (0, 1)]
-    answers = on_hosts.ask_all(commands, texts, 120.0)
+    answers = on_hosts.ask_all(commands, texts, 200.0)
     results = [result for answer in answers for result in json.loads(answer.out.split(maxsplit=1)[1])]
     assert [result["pair"] for result in results if result.get("gbit_s", 0) > 0] == [["a", "b"]]
-    assert sorted(result["pair"] for result in results if "error" in result) == [["a", "c"], ["b", "c"]]
+    errors = {tuple(result["pair"]): result["error"] for result in results if "error" in result}
+    assert errors == dict.fromkeys([("a", "c"), ("b", "c")], f"c did not come to 127.0.0.1:{port}")
     assert [bool(line.fix) for line in all_reduce(results)] == [True, True, True]
 
 
