@@ -163,7 +163,9 @@ def _network(made: Hosts) -> Iterator[None]:
             _ip("-n", space, "link", "set", "lo", "up")
         yield
     finally:
-        for name in everyone:
+        for number, name in enumerate(everyone):
+            # First the cable: the kernel takes a namespace apart when it has the time.
+            subprocess.run(["ip", "link", "delete", f"{made.tag}v{number}"], capture_output=True, check=False)
             subprocess.run(["ip", "netns", "delete", made.space(name)], capture_output=True, check=False)
             shutil.rmtree(Path("/etc/netns") / made.space(name), ignore_errors=True)
         subprocess.run(["ip", "link", "delete", made.tag], capture_output=True, check=False)
