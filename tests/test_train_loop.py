@@ -294,7 +294,7 @@ def test_a_signal_to_the_launcher_saves_and_the_run_goes_on_identically(
 def test_resume_must_without_a_checkpoint_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(checkpoint, "newest_of_all_ranks", checkpoint.newest)
     with pytest.raises(CheckpointError, match=r"has no sealed checkpoint, and --resume must was given. Check OUT"):
-        loop._resume(None, tmp_path, "must")
+        loop._resume(None, tmp_path, "must", None)
 
 
 def test_a_run_that_is_there_does_not_become_another_model(two_ranks: Path, store: Path, run: RunConfig) -> None:

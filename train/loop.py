@@ -80,7 +80,7 @@ def train(run_dir: Path, run: RunConfig, resume: str, peers: Peers, heart: Heart
     deepspeed.init_distributed("nccl" if torch.cuda.is_available() else "gloo", verbose=False)
     chance.seed_everything(run.seed)
     engine = Engine(run, SourceTable(store).keys, world_size)
-    first_step = _resume(engine, samples, run_dir, resume)
+    first_step = _resume(engine, run_dir, resume, samples)
     peers.agree({"start": [f"step {first_step}"], "weights": weights(engine.model, deepspeed.zero.GatheredParameters)})
     engine.timer.on_phase = heart.enter
     if rank == 0:
@@ -149,7 +149,7 @@ def _rewind(engine: Engine, saver: Saver, begun: int) -> int | None:
     return found.step
 
 
-def _resume(engine: Engine, samples: TrainingSamples, run_dir: Path, resume: str) -> int:
+def _resume(engine: Engine, run_dir: Path, resume: str, samples: TrainingSamples) -> int:
     root = run_dir / "checkpoints"
     found, passed_over = checkpoint.newest_of_all_ranks(root) if resume != "never" else (None, [])
     for reason in passed_over:
