@@ -253,7 +253,7 @@ def restore(engine: "Engine", checkpoint: Checkpoint) -> int:
     chance.restore(checkpoint.path)
     for rows, keys in table_files.parts(checkpoint.path):  # one file at a time: a rank's memory is its own rows'
         engine.table.load(rows, keys)
-    engine.table.saved_in = checkpoint.path
+    engine.table.saved_in = checkpoint.path, checkpoint.step
     num_rows = (engine.table.state()["moved_at"] > 0).sum()
     dist.all_reduce(num_rows)
     return int(num_rows)

@@ -50,10 +50,10 @@ class Saver:
         if torch.cuda.is_available():
             torch.cuda.synchronize()
         stalled_s = time.perf_counter() - began_s
-        link = partial(table_files.link_full_save, saved_in, full_step)
+        link = partial(table_files.link_full_save, saved_in and saved_in[0], full_step)
         self._writer = threading.Thread(target=self._write, args=(files, step, link, stalled_s), daemon=True)
         self._writer.start()
-        engine.table.saved_in = self.root / f"step-{step:08d}"  # by the time of the next save
+        engine.table.saved_in = self.root / f"step-{step:08d}", step  # by the time of the next save
 
     def check(self) -> None:
         """Raise what went wrong in the background; between steps.

@@ -48,7 +48,7 @@ def full_save(table: UnitTable) -> int:
     The same on all ranks, which all call it: rows since then are fewer than half of what a full save would have.
     """
     device = table.weight.device
-    step = torch.tensor(_full_step(table.saved_in), device=device)
+    step = torch.tensor(_full_step(table), device=device)
     dist.broadcast(step, 0)  # what is on disk, one rank says
     moved_at = table.state()["moved_at"]
     counts = torch.stack([(moved_at > step).sum(), (moved_at > 0).sum()])
@@ -102,8 +102,8 @@ def _names(folder: Path) -> set[str]:
     return {path.name for path in folder.glob("units-*.safetensors")}
 
 
-def _full_step(folder: Path | None) -> int:
-    """Step of the full save in a checkpoint that is still there; 0: none."""
-    if folder is None or not (folder / "manifest.json").exists():
+def _full_step(table: UnitTable) -> int:
+    """Step of the full save in the checkpoint that the table was last saved in, where it is still there; 0: none."""
+    if table.saved_in is None or not (table.saved_in[0] / "manifest.json").exists():
         return 0
-    return min((int(name.split("-")[1]) for name in _names(folder)), default=0)
+    return min((int(name.split("-")[1]) for name in _names(table.saved_in[0])), default=0)

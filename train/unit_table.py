@@ -72,7 +72,7 @@ class UnitTable:
         keys: of the rows held here, in the order of `state()`.
         place: where each row of the whole table is held (R,), by its number in batches (table_exchange.py).
         norm: of the whole table's gradient, the mean over ranks; known after `exchange`.
-        saved_in: the sealed checkpoint that these rows were loaded from, or were last saved in (table_files.py).
+        saved_in: the sealed checkpoint these rows were loaded from or last saved in, and its step (table_files.py).
     """
 
     def __init__(
@@ -92,7 +92,7 @@ class UnitTable:
         if averages:
             self._state["average"] = rows
         self.norm = torch.zeros((), device=device)
-        self.saved_in: Path | None = None
+        self.saved_in: tuple[Path, int] | None = None
         self.discard()
         self.grow(keys)
 
@@ -193,6 +193,8 @@ class UnitTable:
         if self._gradient is None:
             self.exchange()
         assert self._gradient is not None
+        if self.saved_in is not None and number <= self.saved_in[1]:
+            self.saved_in = None  # steps are counted anew: `moved_at` does not say what has moved since that checkpoint
         slots, gradient = self._gradient
         gradient = gradient * scale
         state, (first, second) = self._state, BETAS
