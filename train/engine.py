@@ -141,9 +141,10 @@ class Engine:
         assert predictions is not None
         return predictions
 
-    def gradient_norm(self) -> float:
-        """Of the core's gradient at the last step, before it was clipped."""
-        return float(self.deepspeed.get_global_grad_norm() or 0.0)
+    def gradient_norm(self) -> float | None:
+        """Of the gradient at the last step, before it was clipped; None where DeepSpeed does not take it."""
+        norm = self.deepspeed.get_global_grad_norm()
+        return None if norm is None else float(norm)
 
     def train_step(self, micro_batches: list[dict[str, Tensor]], step: int) -> tuple[Tensor, Tensor]:
         """One optimizer step, or none where loss or gradient is not finite on any rank: then nothing moves on all.

@@ -108,7 +108,7 @@ def totals(steps: list[Row]) -> dict[str, Any]:
         "step_s": float(np.median([row["seconds"] for row in recent])),
         "flops_per_s": sum(row["flops"] for row in recent) / sum(row["seconds"] for row in recent),
         "mfu": float(np.mean([row["mfu"] for row in recent])) if "mfu" in recent[-1] else None,
-        "memory": max(row["peak_memory_bytes"] for row in steps),
+        "memory": steps[-1]["peak_memory_bytes"],
         "shares": [(name, share, report_plots.OF_PHASE[name]) for name, share in phase_shares(recent).items()],
     }
 

@@ -111,7 +111,7 @@ def _panels(count: int, legend_in: float = 0.0) -> tuple[Figure, list[Axes]]:
 
 def _curve(axes: Axes, rows: Sequence[Row], name: str, label: str, color: str | None) -> None:
     """Median of each part, smoothed, and where eight of ten steps lie; a value that is not finite is left out."""
-    known = [row for row in rows if np.isfinite(row[name])]
+    known = [row for row in rows if np.isfinite(row.get(name, np.nan))]
     if not known:
         return
     at, values = (np.array([row[key] for row in known], float) for key in ("step", name))

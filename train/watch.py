@@ -122,9 +122,10 @@ def _speed(recent: list[Row]) -> Text:
         f"{np.mean([row['tokens_per_s'] for row in recent]):,.0f} tokens/s",
         f"{last['unit_hours']:,.1f} unit-hours seen",
         f"{last['peak_memory_bytes'] / 2**30:.2f} GiB",
-        f"gradient norm {last['gradient_norm']:.3g}",
         f"learning rate {last['lr']:.2g}",
     ]
+    if "gradient_norm" in last:
+        said.append(f"gradient norm {last['gradient_norm']:.3g}")
     if "mfu" in last:
         said.insert(1, f"MFU {np.mean([row['mfu'] for row in recent]):.1%}")
     return Text(" · ".join(said))
