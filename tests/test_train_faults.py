@@ -3,6 +3,7 @@
 In: ranks that do something bad to themselves at a step. Out: exit codes, incidents, checkpoints compared byte by byte.
 """
 
+import hashlib
 import json
 import re
 import shutil
@@ -136,9 +137,13 @@ def incidents(out: Path) -> list[dict[str, Any]]:
 
 
 def digests(out: Path, step: int) -> dict[str, Any]:
-    """Digests of all that is trained, in a checkpoint."""
+    """Digests of all that is trained, in a checkpoint: weights and moments of each rank, rows of units."""
     opened = checkpoint.open_checkpoint(out / "checkpoints" / f"step-{step:08d}")
-    return {name: file["sha256"] for name, file in opened.manifest["files"].items() if name.endswith(".safetensors")}
+    files = opened.manifest["files"].items()
+    rows, keys = opened.table()
+    order = sorted(range(len(keys)), key=keys.__getitem__)
+    table = hashlib.sha256(b"".join(rows[name][order].numpy().tobytes() for name in sorted(rows)))
+    return {name: file["sha256"] for name, file in files if name.startswith("rank-")} | {"units": table.hexdigest()}
 
 
 @pytest.mark.parametrize("whom", ["rank", "launcher"])

@@ -73,6 +73,9 @@ class TrainingSamples:
         self._reader: WindowReader | None = None  # opened by whoever reads, never carried into a worker
         self._skipped: list[Skipped] = []
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_reader": None}
+
     def go_on(self, state: Mapping[str, Any]) -> None:
         """The order of a run that goes on from a checkpoint with this state. Raises ConfigError."""
         self.order = Order(eras_from(state), self._sessions, self.config.seed, int(state["position"]))
