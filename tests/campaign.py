@@ -7,6 +7,7 @@ in CAMPAIGN_prep.md. The number of a run gives its fault and its moment; a campa
 import argparse
 import contextlib
 import hashlib
+import importlib
 import json
 import os
 import shutil
@@ -401,18 +402,20 @@ def campaign(num_runs: int, table: Path, work: Path, *, is_large: bool = True) -
 def main() -> int:
     """Exit code: 0 all runs were sound, 1 some were not (named)."""
     parser = argparse.ArgumentParser(prog="python -m campaign", description=main.__doc__)
-    parser.add_argument("which", choices=["prep"], help="what is put to the test")
+    parser.add_argument("which", choices=["prep", "train"], help="what is put to the test")
     parser.add_argument("num", type=int, metavar="N", help="how many runs")
-    parser.add_argument("--table", type=Path, default=TABLE, help="where rows are appended (%(default)s)")
+    parser.add_argument("--table", type=Path, help="where rows are appended (tests/bench/CAMPAIGN_*.jsonl)")
     args = parser.parse_args()
+    which = importlib.import_module({"prep": "campaign", "train": "campaign_train"}[args.which])
+    table = args.table or which.TABLE
     work = Path(tempfile.mkdtemp(prefix="campaign_"))
-    rows = campaign(args.num, args.table, work)
+    rows = which.campaign(args.num, table, work)
     num_sound = sum(row.is_sound for row in rows)
     if num_sound == len(rows):
         shutil.rmtree(work)
     else:
         print(f"What was not sound is still in {work}.")
-    print(f"{num_sound} of {len(rows)} runs were sound; {args.table.with_suffix('.md')} has them all.")
+    print(f"{num_sound} of {len(rows)} runs were sound; {table.with_suffix('.md')} has them all.")
     return 0 if num_sound == len(rows) else 1
 
 

@@ -45,8 +45,8 @@ def test_wsd_without_a_decay_stays_and_its_branch_is_the_same_until_it_decays() 
     ("wrong", "message"),
     [
         ({"decay_steps": 5}, r"decay_steps = 5 is of schedule wsd, and this is cosine\. Set schedule=wsd"),
-        ({"schedule": "wsd", "decay_steps": 9}, r"decay_steps = 9 and warmup_steps = 2 do not fit into num_steps = 10"),
-        ({"schedule": "wsd", "decay_steps": -1}, r"decay_steps = -1 and warmup_steps"),
+        ({"schedule": "wsd", "decay_steps": 11}, r"decay_steps = 11 must lie between 0 and num_steps = 10\."),
+        ({"schedule": "wsd", "decay_steps": -1}, r"decay_steps = -1 must lie between 0 and"),
     ],
 )
 def test_a_schedule_that_cannot_be_is_refused(wrong: dict[str, int], message: str) -> None:

@@ -116,11 +116,8 @@ def _check_schedule(train: "OptimConfig") -> None:
         raise ConfigError(
             f"decay_steps = {train.decay_steps} is of schedule wsd, and this is {train.schedule}. Set schedule=wsd."
         )
-    if not 0 <= train.decay_steps <= train.num_steps - train.warmup_steps * (train.decay_steps > 0):
-        raise ConfigError(
-            f"decay_steps = {train.decay_steps} and warmup_steps = {train.warmup_steps} do not fit into num_steps = "
-            f"{train.num_steps}."
-        )
+    if not 0 <= train.decay_steps <= train.num_steps:
+        raise ConfigError(f"decay_steps = {train.decay_steps} must lie between 0 and num_steps = {train.num_steps}.")
 
 
 @dataclass(frozen=True, kw_only=True)
