@@ -155,6 +155,7 @@ class OptimConfig:
     unit_dropout: float = 0.1  # how often a unit's residual row is absent in training
     families: tuple[str, ...] = FAMILIES  # in turn, one a step: FAMILY[+FAMILY …][@SECONDS], by default data.context_s
     precision: Literal["fp32", "bf16"] = "fp32"
+    activation_checkpointing: bool = False  # compute activations again in the backward pass instead of keeping them
 
     def __post_init__(self) -> None:
         _check_positive(self, "num_steps", "global_batch_size", "micro_batch_size", "clip_norm")
