@@ -12,8 +12,12 @@ RUN ?= train/configs/debug.yaml
 HOSTFILE ?= hostfiles/cluster
 ARGS ?=
 
+# Recipes that say "$$NODES" instead of $(NODES) get the value as it was typed: neither make nor a shell reads it.
+VERBATIM := NODES SLOTS HOSTFILE STORE OUT RUN
+$(foreach name,$(VERBATIM),$(eval override export $(name) := $$(value $(name))))
+
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-all bench bench-science bench-gpu check lint prep inspect verify report hostfile train eval audit export adapt push campaign
+.PHONY: help install demo test test-all bench bench-science bench-gpu check lint prep inspect verify report hostfile doctor train eval audit export adapt push campaign
 
 help:  ## print this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-13s %s\n", $$1, $$2}'
@@ -69,8 +73,11 @@ verify: .venv/installed  ## STORE=store: every byte against its digest
 report: .venv/installed  ## STORE=store [OUT=report.html]: what it holds, as one HTML file
 	$(PY) -m prep report $(STORE) --out $(or $(OUT),report.html) $(ARGS)
 
-hostfile: .venv/installed  ## [NODES="a b"] [SLOTS=8]: from SLURM, a list or this machine -> hostfiles/cluster
-	$(PY) -m train hostfile $(if $(NODES),--nodes "$(NODES)") $(if $(SLOTS),--slots $(SLOTS)) --out $(HOSTFILE) $(ARGS)
+hostfile: .venv/installed  ## [NODES="a b"] [SLOTS=8]: from SLURM, PBS, LSF, MPI, a list or this machine -> hostfiles/cluster
+	$(PY) -m train hostfile --out "$$HOSTFILE" $(ARGS)
+
+doctor: .venv/installed  ## [HOSTFILE=hostfiles/cluster] [STORE=store] [RUN=x.yaml] [OUT=runs/x]: is every host fit to train?
+	$(PY) -m train doctor --hostfile "$$HOSTFILE" --store "$$STORE" --config "$$RUN" --out "$${OUT:-runs}" $(ARGS)
 
 train: .venv/installed  ## RUN=train/configs/x.yaml STORE=store OUT=runs/x [HOSTFILE=hostfiles/cluster]: train, or resume
 	$(PY) -m train train --config $(RUN) --store $(STORE) --out $(or $(OUT),runs/$(basename $(notdir $(RUN)))) --hostfile $(HOSTFILE) $(ARGS)

@@ -209,12 +209,13 @@ class Rows:
         self._name = self._sealed.where()
         self._checked = Checked() if checked is None else checked
         self._missing: set[int] = set()
+        self._num_rows, self._shard_rows, self._chunk_rows = spec.shape[0], spec.shard_rows, spec.chunk_rows
 
     def read(self, start: int, stop: int) -> Array:
         """Rows [start, stop) as (stop - start, ...); what was never written comes back as the fill value."""
-        if not 0 <= start <= stop <= self.spec.shape[0]:
-            raise StoreError(f"{self._name}: rows [{start}, {stop}) are outside [0, {self.spec.shape[0]}).")
-        rows = self.spec.shard_rows
+        if not 0 <= start <= stop <= self._num_rows:
+            raise StoreError(f"{self._name}: rows [{start}, {stop}) are outside [0, {self._num_rows}).")
+        rows = self._shard_rows
         first = start // rows
         if stop <= (first + 1) * rows:
             return self._read_shard(first, start - first * rows, stop - first * rows)
@@ -228,7 +229,7 @@ class Rows:
         mapped = MAPPINGS.get((self._checked.number, self._name, shard)) or self._map(shard)
         if mapped is None or stop <= start:
             return np.full((max(0, stop - start), *self.spec.shape[1:]), self.spec.fill, self.spec.dtype)
-        first, last = start // self.spec.chunk_rows, -(-stop // self.spec.chunk_rows)
+        first, last = start // self._chunk_rows, -(-stop // self._chunk_rows)
         if mapped.checked.find(0, first, last) >= 0:
             mapped = self._check(shard, mapped, first, last)
         if mapped.rows is not None:

@@ -110,7 +110,7 @@ class StreamSpec:
             fill=FILLS[self.kind],
             chunk_rows=self.chunk_tokens,
             shard_rows=self.shard_tokens,
-            codec="zstd" if self.kind == "counts" else "raw",
+            codec="raw",
         )
 
 
@@ -194,8 +194,20 @@ class Stream:
 
     def tokens(self, start_ns: int, stop_ns: int) -> slice:
         """The tokens that start in [start_ns, stop_ns)."""
-        first, last = self.start_ns.searchsorted((start_ns, stop_ns))
-        return slice(int(first), int(last))
+        origin_ns, period_ns, num_tokens = self._regular
+        if not period_ns:
+            return slice(*self.start_ns.searchsorted((start_ns, stop_ns)).tolist())
+        first, last = -((origin_ns - start_ns) // period_ns), -((origin_ns - stop_ns) // period_ns)
+        return slice(min(max(first, 0), num_tokens), min(max(last, 0), num_tokens))
+
+    @cached_property
+    def _regular(self) -> tuple[int, int, int]:
+        """First start, period and number of tokens, where the clock is exactly regular; else a period of 0."""
+        if len(self.start_ns) < 2:
+            return 0, 0, 0
+        origin_ns, second_ns = self.start_ns[:2].tolist()
+        is_regular = bool((np.diff(self.start_ns) == second_ns - origin_ns).all())
+        return origin_ns, (second_ns - origin_ns) * is_regular, len(self.start_ns)
 
     def read(self, tokens: slice) -> Array:
         """Values (k, S, P) of a run of tokens."""

@@ -17,7 +17,7 @@ from store_builders import a_recording, build_store
 
 from prep.shards import Rows, read_array, rows_spec
 
-GOLDEN = Path(__file__).parent / "golden" / "store"
+GOLDEN = Path(__file__).parent / "golden" / "store-zstd"
 KINDS = {"counts", "trace", "frames", "event"}
 Array = np.ndarray[Any, Any]
 

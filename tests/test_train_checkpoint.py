@@ -22,8 +22,7 @@ FILES = (
     "rank-00001.safetensors",
     "rank-00002.safetensors",
     "state.json",
-    "unit_keys.json",
-    "unit_table.safetensors",
+    "units-00000007-00000.safetensors",
 )
 
 
@@ -109,10 +108,10 @@ def test_a_manifest_that_says_something_else_is_damaged(sealed: Path, tmp_path: 
 
 
 def test_an_unknown_format_is_refused(trained: Trained, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(checkpoint, "CHECKPOINT_FORMAT", 2)
+    monkeypatch.setattr(checkpoint, "CHECKPOINT_FORMAT", 9)
     folder = handmade_checkpoint(tmp_path / "step-00000001", trained)
     monkeypatch.undo()
-    with pytest.raises(CheckpointError, match=r"is checkpoint format 2; this code reads \[1\]. Update the code."):
+    with pytest.raises(CheckpointError, match=r"is checkpoint format 9; this code reads \[2\]. Update the code."):
         open_checkpoint(folder)
 
 
@@ -128,7 +127,7 @@ def test_a_manifest_is_written_last_and_lists_every_file(tmp_path: Path, trained
     folder = handmade_checkpoint(tmp_path / "step-00000001", trained)
     newest_file = max(folder.iterdir(), key=lambda path: path.stat().st_mtime_ns)
     manifest = json.loads((folder / "manifest.json").read_text())
-    assert newest_file.name == "manifest.json" and manifest["format"] == 1 and manifest["step"] == 1
+    assert newest_file.name == "manifest.json" and manifest["format"] == 2 and manifest["step"] == 1
     assert set(manifest["files"]) == {path.name for path in folder.iterdir()} - {"manifest.json"}
     (tmp_path / "empty").mkdir()
     seal(tmp_path / "empty", 3)

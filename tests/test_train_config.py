@@ -43,6 +43,7 @@ def test_an_override_wins_over_the_file(tmp_path: Path) -> None:
         path, ["train.num_steps=7", "data.context_s=1.5", "model.overrides.hidden_size=64", "train.families=[decoding]"]
     )
     assert (run.seed, run.train.lr, run.train.num_steps, run.data.context_s) == (1, 1e-3, 7, 1.5)
+    assert load(path, ["profile_steps=10:12"]).profiled == range(10, 12) and not run.profiled
     assert run.train.families == ("decoding",) and model_config(run).hidden_size == 64
     assert model_config(run).context_s == 1.5
 
@@ -68,6 +69,11 @@ def test_an_override_wins_over_the_file(tmp_path: Path) -> None:
         ("data:\n  stride_s: -1\n", [], "data.stride_s = -1.0 must be more than 0."),
         ("checkpoint_every: 0\n", [], "checkpoint_every = 0 must be more than 0."),
         ("seed: -1\n", [], "seed = -1 must not be negative."),
+        ("validate_every: -1\n", [], "validate_every = -1 must not be negative."),
+        ("validate_windows: 0\n", [], "validate_windows = 0 must be more than 0."),
+        ("", ["profile_steps=12:10"], "profile_steps = '12:10' must be FIRST:STOP, for instance '10:12' for steps 10"),
+        ("profile_steps: soon\n", [], "profile_steps = 'soon' must be FIRST:STOP"),
+        ("log_to: [paper]\n", [], "log_to[0] = 'paper' is text; expected one of tensorboard, wandb."),
         ("data:\n  context_s: 0.25\n", [], "data.context_s = 0.25 must be a positive multiple of 0.1 s (one token)."),
         ("model:\n  preset: 2b\n", [], "model.preset = '2b' is not known. Valid: debug, 20m, 80m, 300m, 1b."),
         (

@@ -18,7 +18,7 @@ from train import evaluate
 from train.checkpoint import CheckpointError
 from train.evaluate import References
 from train.masking import TASKS, Mask, Task, task_mask
-from train.metrics import MetricsLog, deviance_explained, poisson_deviance, read_metrics, squared_error
+from train.metrics import deviance_explained, deviances
 from train.trained import Trained, load_trained
 
 RUN = tiny_run()
@@ -106,7 +106,8 @@ def test_the_null_explains_nothing_and_the_truth_everything() -> None:
     assert deviance_explained("spikes", counts, null, null) == 0
     assert deviance_explained("spikes", counts, counts.astype(float), null) == pytest.approx(1, abs=1e-8)
     assert deviance_explained("traces", counts, counts, null) == 1
-    assert poisson_deviance(np.array([2]), np.array([2.0])) == 0 and squared_error(np.ones(2), np.zeros(2)) == 2
+    assert deviances("spikes", np.array([2]), np.array([2.0])) == 0
+    assert deviances("behavior", np.ones(2), np.zeros(2)).sum() == 2
 
 
 def test_where_the_null_has_no_deviance_there_is_nothing_to_explain() -> None:
@@ -241,19 +242,3 @@ def test_a_run_without_a_checkpoint_says_what_to_do(store: Path, tmp_path: Path)
     (tmp_path / "run" / "checkpoints" / "step-00000001" / "state.json").write_text("{}")
     with pytest.raises(CheckpointError, match=r"has no sealed checkpoint \(1 damaged\). Train first: make train OUT="):
         load_trained(tmp_path / "run")
-
-
-def test_metrics_of_steps_that_are_repeated_are_written_once(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    for first, last in ((0, 6), (3, 8)):
-        log = MetricsLog(tmp_path, first, 8, log_every=4)
-        for step in range(first, last):
-            log.write(
-                {"step": step, "family": "encoding", "loss": 0.5, "nats_spikes": -0.25}
-                | dict.fromkeys(("tokens_per_s", "data_wait_share"), 0.0)
-            )
-        log.close()
-    assert [row["step"] for row in read_metrics(tmp_path)] == list(range(8))
-    lines = [line.split("  ")[0] for line in capsys.readouterr().out.splitlines()]
-    assert lines == ["step 4/8", "step 4/8", "step 8/8"]

@@ -20,6 +20,7 @@ from pathlib import Path
 import pytest
 
 from train import hostfile, launch, ranks
+from train.exit_codes import STOPPED
 from train.hostfile import Host, HostfileError
 from train.ranks import LaunchError
 
@@ -213,6 +214,33 @@ def test_sigusr1_is_passed_on_and_a_second_sigterm_does_not_wait(tmp_path: Path)
     process.terminate()
     process.communicate(timeout=10)
     assert process.returncode == 128 + signal.SIGTERM and not any(_alive(pid) for pid in pids)
+
+
+@pytest.mark.parametrize("codes", [(85, 85), (85, 0)])
+def test_only_where_all_ranks_have_saved_and_left_the_launcher_says_so(tmp_path: Path, codes: tuple[int, int]) -> None:
+    code = (
+        f"signal.signal(signal.SIGTERM, lambda *_: sys.exit({codes}[int(os.environ['RANK'])]))\n"
+        "print(os.getpid(), flush=True)\ntime.sleep(60)"
+    )
+    process, pids = _launcher(tmp_path, code)
+    process.terminate()
+    process.communicate(timeout=10)
+    assert process.returncode == (STOPPED if codes == (85, 85) else 128 + signal.SIGTERM)
+    assert not any(_alive(pid) for pid in pids)
+
+
+def test_ranks_that_a_batch_system_has_asked_to_stop_are_no_failure(tmp_path: Path) -> None:
+    assert launch.launch(HERE, _python("time.sleep(int(os.environ['RANK'])); sys.exit(85)"), tmp_path, ENV) == STOPPED
+
+
+def test_memory_that_ranks_of_this_launch_share_is_given_back_and_no_other(tmp_path: Path) -> None:
+    prefix, port = f"/dev/shm/deepspeed_allreduce_buffer_{os.getuid()}_127.0.0.1", f"{os.getpid()}-test"
+    mine, other = Path(f"{prefix}_{port}_1"), Path(f"{prefix}_{port}2_1")
+    mine.touch()
+    other.touch()
+    launch.clear_shared_memory(port)
+    assert not mine.exists() and other.exists()
+    other.unlink()
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the kernel's parent-death signal is Linux's")

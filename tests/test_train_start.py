@@ -13,7 +13,6 @@ from prep.settings import ConfigError
 from prep.store import Store
 from train import start
 from train.__main__ import main
-from train.metrics import MetricsLog, read_metrics
 
 
 @pytest.fixture(scope="module")
@@ -74,9 +73,3 @@ def test_a_run_does_not_become_another_model_or_start_afresh_among_old_checkpoin
     start.prepare(replace(run, data=replace(run.data, num_workers=2)), Store(store), out)
     with pytest.raises(ConfigError, match="--resume never would mix two runs"):
         start.prepare(run, Store(store), out, "never")
-
-
-def test_a_row_that_a_crash_cut_off_does_not_stop_a_resume(tmp_path: Path) -> None:
-    (tmp_path / "metrics.jsonl").write_text('{"step": 0}\n{"step": 1}\n{"step": 2, "lo')
-    MetricsLog(tmp_path, 1, 5, 10).close()
-    assert read_metrics(tmp_path) == [{"step": 0}]

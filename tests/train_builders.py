@@ -20,7 +20,7 @@ from prep import catalog
 from prep.plan import IntervalTable, PlannedStream, SessionPlan, Units
 from prep.settings import TOKEN_NS
 from prep.store import Store
-from train import start
+from train import start, table_files
 from train.build import build_model, model_config
 from train.checkpoint import seal
 from train.config import DataConfig, Family, ModelConfig, OptimConfig, RunConfig
@@ -220,8 +220,7 @@ def handmade_checkpoint(folder: Path, trained: Trained, step: int = 1, num_ranks
             for kind in ("master", "exp_avg", "exp_avg_sq") if len(piece) else ():
                 fragments[f"{name}|{kind}|{rank * size}"] = piece.clone() if kind == "master" else piece * 0
         save_file(fragments, folder / f"rank-{rank:05d}.safetensors")
-    save_file(trained.table.state(), folder / "unit_table.safetensors")
-    (folder / "unit_keys.json").write_text(json.dumps(trained.table.keys))
+    save_file(table_files.pack(trained.table.state(), trained.table.keys), folder / table_files.file_name(step, 0))
     shapes = {name: list(parameter.shape) for name, parameter in parameters.items()}
     (folder / "state.json").write_text(json.dumps({"step": step, "shapes": shapes, "optimizer_steps": step}))
     seal(folder, step)

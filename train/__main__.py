@@ -1,4 +1,4 @@
-"""The command line of train: `python -m train train | eval | audit | export | adapt | push | hostfile | launch | demo`.
+"""The command line of train: `python -m train train | eval | audit | export | adapt | push | hostfile | doctor`.
 
 In: arguments. Out: exit code 0 done, 1 something failed (named), 2 usage or configuration.
 """
@@ -15,10 +15,13 @@ COMMANDS = {  # command: (module, what it does)
     "export": ("train.export", "turn the newest checkpoint into a hub folder"),
     "adapt": ("train.adapt", "give a hub folder identities for the units of another store; nothing of it is trained"),
     "push": ("train.push", "upload a hub folder to a model hub"),
-    "hostfile": ("train.hostfile", "write a hostfile from SLURM, a list of nodes or this machine"),
+    "hostfile": ("train.allocation", "write a hostfile from a scheduler, a list of nodes or this machine"),
+    "doctor": ("train.doctor", "is every host fit to train? a line per check and host, with what mends it"),
     "launch": ("train.launch", "start a command once per slot of a hostfile"),
     "demo": ("train.demo", "the whole road on this machine, from a synthetic brain to a hub folder"),
     "worker": ("train.loop", "one rank of a training run (the launcher starts it)"),
+    "doctor-probe": ("train.doctor_probe", "what one host has (the doctor starts it there)"),
+    "doctor-pairs": ("train.doctor_pairs", "all-reduces between hosts (the doctor starts it on each)"),
 }
 USAGE = 2
 

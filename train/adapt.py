@@ -108,7 +108,6 @@ def fit_rows(trained: Trained, unknown: npt.NDArray[np.bool_], optim: OptimConfi
             embeds = table.lookup(batch.pop("unit_rows"))
             output = trained.model(unit_embeds=embeds, context_s=run.turn(step).context_s, **batch)
             (output.loss / num_parts).backward()
-            table.accumulate()
             total += float(output.loss.detach()) / num_parts
         table.step(optim.unit_lr * lr_factor(step, optim))
         table.weight[known] = kept

@@ -36,9 +36,18 @@ class WatchedReader(WindowReader):
         self.instead: Callable[[int], Window] | None = None  # by the number of the window in its batch
 
     def read(
-        self, index: int, start_ns: int, context_ns: int, max_units: int = 0, chance: np.random.Generator | None = None
+        self,
+        index: int,
+        start_ns: int,
+        context_ns: int,
+        max_units: int = 0,
+        chance: np.random.Generator | None = None,
+        with_frames: bool = True,
     ) -> Window:
-        """Read as ever, so that the sample's chance moves on as ever; then hand out what was told."""
+        """Read as ever, so that the sample's chance moves on as ever; then hand out what was told.
+
+        Frames are always there: what a task never shows must not reach the model either.
+        """
         window = super().read(index, start_ns, context_ns, max_units, chance)
         if self.instead is not None:
             window = self.instead(len(self.given))
@@ -51,7 +60,7 @@ class TrainingBatches:
 
     def __init__(self, trained: Trained, family: Family) -> None:
         self.trained, self.family = trained, family
-        self.run = replace(trained.run, train=replace(trained.run.train, families=(family,)))
+        self.run = replace(trained.run, train=replace(trained.run.train, families=(family,), context_schedule=()))
         self.samples = TrainingSamples(trained.store.address, self.run, model_config(self.run))
         self.reader = WatchedReader(trained)
         self.samples._reader = self.reader

@@ -1,8 +1,8 @@
 """Checkpoints: fragments by name and offset, unit rows by key, sealed by a manifest; no pickle.
 
 In: an engine at a step. Out: <run>/checkpoints/step-00000100/ with, per rank, master weights and moments of its
-partitions as safetensors, rank 0's unit table and state.json, and manifest.json, written last: a folder without one is
-not a checkpoint.
+partitions and its rows of the unit table (table_files.py) as safetensors, rank 0's state.json, and manifest.json,
+written last: a folder without one is not a checkpoint.
 """
 
 import hashlib
@@ -17,13 +17,15 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.distributed as dist
 from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
+
+from train import table_files
 
 if TYPE_CHECKING:
     from train.engine import Engine
 
-CHECKPOINT_FORMAT = 1
+CHECKPOINT_FORMAT = 2
 MOMENTS = ("exp_avg", "exp_avg_sq")
 AVERAGE = "average"  # of the master weights over the last steps, where the run keeps one
 
@@ -77,9 +79,8 @@ class Checkpoint:
                     yield file, key, int(offset), size
 
     def table(self) -> tuple[dict[str, Tensor], list[str]]:
-        """Unit rows and their keys."""
-        keys: list[str] = json.loads((self.path / "unit_keys.json").read_text())
-        return load_file(self.path / "unit_table.safetensors"), keys
+        """Unit rows that have moved, of all ranks, and their keys; any other row is drawn from its key."""
+        return table_files.merged(self.path)
 
 
 def save(engine: "Engine", root: Path, step: int, state: dict[str, Any]) -> Path:
@@ -93,15 +94,19 @@ def save(engine: "Engine", root: Path, step: int, state: dict[str, Any]) -> Path
     fragments = local_fragments(engine.model, rank, engine.average)
     save_file(fragments, temporary / f"rank-{rank:05d}.safetensors")
     _sync(temporary / f"rank-{rank:05d}.safetensors")
+    full_step = table_files.full_save(engine.table)
+    save_file(table_files.moved_rows(engine.table, full_step), temporary / table_files.file_name(step, rank))
+    _sync(temporary / table_files.file_name(step, rank))
     if rank == 0:
         _save_shared(engine, temporary, {**state, "step": step, "world_size": world_size})
     dist.barrier()  # sealed only after all ranks are done
     if rank == 0:
-        seal(temporary, step)
+        seal(temporary, step, table_files.link_full_save(engine.table, full_step, temporary))
         shutil.rmtree(final, ignore_errors=True)
         temporary.rename(final)
         _sync(root)
     dist.barrier()
+    engine.table.saved_in = final
     return final
 
 
@@ -134,11 +139,6 @@ def local_fragments(model: nn.Module, rank: int, average: dict[str, Tensor]) -> 
 
 def _save_shared(engine: "Engine", folder: Path, state: dict[str, Any]) -> None:
     shapes = {name: list(parameter.ds_shape) for name, parameter in partitioned(engine.model)}
-    save_file(
-        {name: tensor.cpu().contiguous() for name, tensor in engine.table.state().items()},
-        folder / "unit_table.safetensors",
-    )
-    (folder / "unit_keys.json").write_text(json.dumps(engine.table.keys))
     (folder / "config.json").write_text(engine.model.config.to_json_string())
     content = {**state, "optimizer_steps": _optimizer_steps(engine), "shapes": shapes}
     (folder / "state.json").write_text(json.dumps(content, indent=1, sort_keys=True))
@@ -152,12 +152,13 @@ def _optimizer_steps(engine: "Engine") -> int:
     return counts.pop()
 
 
-def seal(folder: Path, step: int) -> None:
-    """Write the manifest: every file with size and digest, and where each fragment lies."""
+def seal(folder: Path, step: int, known: dict[str, Any] | None = None) -> None:
+    """Write the manifest: every file with size and digest, `known` for some, and where each fragment lies."""
     files, fragments = {}, {}
     for path in sorted(folder.iterdir()):
         _sync(path)
-        files[path.name] = {"bytes": path.stat().st_size, "sha256": _sha256(path)}
+        entry = (known or {}).get(path.name)
+        files[path.name] = entry or {"bytes": path.stat().st_size, "sha256": _sha256(path)}
         if path.name.startswith("rank-"):
             with safe_open(path, "pt") as opened:
                 fragments[path.name] = {key: opened.get_slice(key).get_shape()[0] for key in opened.keys()}  # noqa: SIM118  no dict
@@ -170,10 +171,12 @@ def seal(folder: Path, step: int) -> None:
     _sync(folder)
 
 
-def newest(root: Path) -> tuple[Checkpoint | None, list[str]]:
-    """The newest sealed and undamaged checkpoint, and what was passed over."""
+def newest(root: Path, up_to_step: int | None = None) -> tuple[Checkpoint | None, list[str]]:
+    """The newest sealed and undamaged checkpoint, of a step or before, and what was passed over."""
     passed_over: list[str] = []
     for folder in sorted(root.glob("step-*"), reverse=True):
+        if up_to_step is not None and int(folder.name.removeprefix("step-")) > up_to_step:
+            continue
         try:
             return open_checkpoint(folder), passed_over
         except CheckpointError as error:
@@ -207,7 +210,7 @@ def open_checkpoint(folder: Path) -> Checkpoint:
 
 
 def restore(engine: "Engine", checkpoint: Checkpoint) -> int:
-    """Put master weights, moments, working weights and unit rows back; returns the number of rows taken over."""
+    """Put master weights, moments, working weights and unit rows back; returns the number of rows that have moved."""
     from deepspeed.utils import safe_set_local_fp32_param, safe_set_local_optimizer_state
 
     rank, state = dist.get_rank(), checkpoint.state()
@@ -238,7 +241,12 @@ def restore(engine: "Engine", checkpoint: Checkpoint) -> int:
     if persistent:  # small parameters stay gathered: refresh them from their partitions
         persistent[0].partition(persistent)
         persistent[0].all_gather(persistent)
-    return engine.table.load(*checkpoint.table())
+    for rows, keys in table_files.parts(checkpoint.path):  # one file at a time: a rank's memory is its own rows'
+        engine.table.load(rows, keys)
+    engine.table.saved_in = checkpoint.path
+    num_rows = (engine.table.state()["moved_at"] > 0).sum()
+    dist.all_reduce(num_rows)
+    return int(num_rows)
 
 
 def _create_moments(engine: "Engine", steps: int) -> None:
@@ -250,9 +258,10 @@ def _create_moments(engine: "Engine", steps: int) -> None:
 
 
 def prune(root: Path, keep: int) -> None:
-    """Keep the newest checkpoints; remove older ones and what was never sealed."""
+    """Keep the newest checkpoints, one of them apart from the newest; remove older ones and what was never sealed."""
     sealed = sorted(path for path in root.glob("step-*") if (path / "manifest.json").exists())
-    for folder in [*sealed[: max(0, len(sealed) - keep)], *root.glob(".step-*.partial")]:
+    kept = {*sealed[-keep:], *(table_files.apart(sealed)[-1:] if sealed and keep > 1 else [])}
+    for folder in [*(path for path in sealed if path not in kept), *root.glob(".step-*.partial")]:
         shutil.rmtree(folder)
 
 

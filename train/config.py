@@ -6,13 +6,16 @@ In: train/configs/*.yaml. Out: RunConfig, whose resolved form is saved with the 
 import difflib
 import inspect
 import json
+import re
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from prep.settings import ConfigError, build, parse_value, read_yaml, write_yaml
+from prep.settings import MODALITIES, ConfigError, build, parse_value, read_yaml, write_yaml
 
+Board = Literal["tensorboard", "wandb"]
 Family = Literal["co_smoothing", "forecasting", "encoding", "decoding", "inpainting"]
+MAX_WEIGHT = 1000.0  # of a window in one pass
 FAMILIES: tuple[Family, ...] = ("co_smoothing", "forecasting", "encoding", "decoding", "inpainting")
 
 
@@ -123,6 +126,25 @@ class ModelConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Weights:
+    """How often windows come in one pass: the product of the weights of their dataset, session and its modalities."""
+
+    datasets: dict[str, float] = field(default_factory=dict)  # dataset_id: weight; 1 where nothing is said
+    sessions: dict[str, float] = field(default_factory=dict)  # dataset_id/session_id: weight
+    modalities: dict[str, float] = field(default_factory=dict)  # spikes, traces, …: weight of sessions that have it
+
+    def __post_init__(self) -> None:
+        for name in sorted(self.modalities.keys() - set(MODALITIES)):
+            near = difflib.get_close_matches(name, MODALITIES, n=1)
+            hint = f"Did you mean {near[0]}?" if near else f"Valid: {', '.join(MODALITIES)}."
+            raise ConfigError(f"modalities: {name!r} is not a modality. {hint}")
+        for what in ("datasets", "sessions", "modalities"):
+            for name, weight in getattr(self, what).items():
+                if not 0 <= weight <= MAX_WEIGHT:
+                    raise ConfigError(f"{what}.{name} = {weight} must be between 0 and {MAX_WEIGHT:g}.")
+
+
+@dataclass(frozen=True, kw_only=True)
 class DataConfig:
     """What a sample is."""
 
@@ -132,10 +154,24 @@ class DataConfig:
     max_queries: int = 2048  # hidden tokens that are predicted in training, drawn likewise
     max_frames: int = 32
     num_workers: int = 0  # loader processes per rank; 0 = a thread
+    bad_windows: Literal["stop", "skip"] = "stop"  # damaged ones: end the run, or train on nothing in their place
+    weights: Weights = field(default_factory=Weights)  # by default each window comes once in a pass
 
     def __post_init__(self) -> None:
         _check_context("context_s", self.context_s)
         _check_positive(self, "stride_s", "max_units", "max_queries", "max_frames")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ContextFrom:
+    """A stage of the curriculum: from a step on, windows last so long."""
+
+    from_step: int
+    context_s: float
+
+    def __post_init__(self) -> None:
+        _check_positive(self, "from_step")
+        _check_context("context_s", self.context_s)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -154,15 +190,34 @@ class OptimConfig:
     average_steps: int = 0  # horizon of the running average of all weights that is evaluated and exported; 0 = none
     unit_dropout: float = 0.1  # how often a unit's residual row is absent in training
     families: tuple[str, ...] = FAMILIES  # in turn, one a step: FAMILY[+FAMILY …][@SECONDS], by default data.context_s
+    context_schedule: tuple[ContextFrom, ...] = ()  # a curriculum; until its first stage data.context_s
     precision: Literal["fp32", "bf16"] = "fp32"
     activation_checkpointing: bool = False  # compute activations again in the backward pass instead of keeping them
 
     def __post_init__(self) -> None:
         _check_positive(self, "num_steps", "global_batch_size", "micro_batch_size", "clip_norm")
+        steps = [stage.from_step for stage in self.context_schedule]
+        if steps != sorted(set(steps)):
+            raise ConfigError(f"context_schedule has from_step {steps}; expected each to be more than the one before.")
         if not self.families:
             raise ConfigError(f"families is empty. Give at least one of {list(FAMILIES)}.")
         for number, text in enumerate(self.families):
             _check_turn(f"families[{number}]", text)
+
+
+@dataclass(frozen=True, kw_only=True)
+class FaultConfig:
+    """What is put up with, and what ends the run."""
+
+    watchdog_s: float = 120.0  # how long a phase of a step may last; five times as long until the first step is done
+    max_bad_steps: int = 5  # skipped one after the other, because loss or gradient was not finite
+    spike_factor: float = 0.0  # a loss this many mean distances from its turn's median above it is high; 0 = none is
+    spike_steps: int = 8  # in a row, until a spike is undone: weights go back to the checkpoint before, the data go on
+
+    def __post_init__(self) -> None:
+        _check_positive(self, "watchdog_s", "max_bad_steps", "spike_steps")
+        if self.spike_factor < 0:
+            raise ConfigError(f"spike_factor = {self.spike_factor} must not be negative.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -174,28 +229,58 @@ class RunConfig:
     checkpoint_every: int = 50
     keep_checkpoints: int = 2
     log_every: int = 10
+    log_to: tuple[Board, ...] = ("tensorboard",)  # beside metrics.jsonl
+    validate_every: int = 500  # steps, and at the end: scores on fixed windows of the valid split; 0 = never
+    validate_windows: int = 2  # of each session
+    profile_steps: str = ""  # FIRST:STOP are traced by torch.profiler; the operations of step STOP are counted
+    peak_tflops: float = 0.0  # what one device can do, for the MFU; 0 = as the data sheet of a known GPU says
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     train: OptimConfig = field(default_factory=OptimConfig)
+    faults: FaultConfig = field(default_factory=FaultConfig)
 
     def __post_init__(self) -> None:
-        if self.seed < 0:
-            raise ConfigError(f"seed = {self.seed} must not be negative.")
-        _check_positive(self, "checkpoint_every", "keep_checkpoints", "log_every")
+        for name in ("seed", "validate_every", "peak_tflops"):
+            if getattr(self, name) < 0:
+                raise ConfigError(f"{name} = {getattr(self, name)} must not be negative.")
+        _check_positive(self, "checkpoint_every", "keep_checkpoints", "log_every", "validate_windows")
+        if self.profile_steps and not (re.fullmatch(r"\d+:\d+", self.profile_steps) and self.profiled):
+            raise ConfigError(
+                f"profile_steps = {self.profile_steps!r} must be FIRST:STOP, for instance '10:12' for steps 10 and 11."
+            )
+
+    @property
+    def profiled(self) -> range:
+        """The steps that are traced; none by default."""
+        first, _, stop = self.profile_steps.partition(":")
+        return range(int(first or 0), int(stop or 0))
 
     def turn(self, step: int) -> Turn:
         """What an optimizer step trains: a function of the step alone, the same on all ranks."""
-        mix, _, seconds = self.train.families[step % len(self.train.families)].partition("@")
-        return Turn(mix, float(seconds) if seconds else self.data.context_s)
+        begun_s = [stage.context_s for stage in self.train.context_schedule if stage.from_step <= step]
+        return _turn(
+            self.train.families[step % len(self.train.families)], begun_s[-1] if begun_s else self.data.context_s
+        )
 
     @property
     def turns(self) -> list[Turn]:
-        """All that is trained in turn."""
-        return [self.turn(step) for step in range(len(self.train.families))]
+        """All that is trained in turn, in all stages of the curriculum."""
+        lengths_s = [self.data.context_s, *(stage.context_s for stage in self.train.context_schedule)]
+        return list(dict.fromkeys(_turn(text, context_s) for context_s in lengths_s for text in self.train.families))
+
+    def as_dict(self) -> dict[str, Any]:
+        """The resolved configuration, as YAML and JSON have it."""
+        content: dict[str, Any] = json.loads(json.dumps(asdict(self)))
+        return content
 
     def save(self, path: Path) -> None:
         """Write the resolved configuration as YAML."""
-        write_yaml(path, json.loads(json.dumps(asdict(self))))
+        write_yaml(path, self.as_dict())
+
+
+def _turn(text: str, context_s: float) -> Turn:
+    mix, _, seconds = text.partition("@")
+    return Turn(mix, float(seconds) if seconds else context_s)
 
 
 def load(path: Path, overrides: list[str] | None = None) -> RunConfig:

@@ -14,11 +14,12 @@ import torch
 from torch import Tensor
 
 from prep.settings import COUNT_MISSING, MODALITIES, TOKEN_NS, ConfigError
-from prep.store import Session, Store
+from prep.store import Store
 from train.config import DataConfig
+from train.frames import FrameReader
 from train.masking import Mask, TokenTable
 from train.model.configuration_brainloom import BrainloomConfig
-from train.model.processing_brainloom import middle, source_null, standard_pixels, standardise
+from train.model.processing_brainloom import middle, source_null, standardise
 from train.sources import SourceTable, token_streams
 
 Array = npt.NDArray[Any]
@@ -37,6 +38,15 @@ class Windows:
 
     def __len__(self) -> int:
         return int(self.last[-1]) if len(self.last) else 0
+
+    def of_sessions(self) -> dict[int, range]:
+        """The windows of each session that has any; the blocks of a session follow each other."""
+        spans: dict[int, range] = {}
+        first = 0
+        for session, last in zip(self.session.tolist(), self.last.tolist(), strict=True):
+            spans[session] = range(spans[session].start if session in spans else first, last)
+            first = last
+        return spans
 
     def locate(self, index: int, jitter: float = 0.0) -> tuple[int, int]:
         """(session, start_ns) of a window; `jitter` in [0, 1) moves it by a share of the stride, in whole tokens."""
@@ -72,6 +82,9 @@ class Sources:
     scale: npt.NDArray[np.float32]  # (S,)
     stream: npt.NDArray[np.int64]  # (S,) index into the session's streams
     place: npt.NDArray[np.int64]  # (S,) the source's place in its stream
+    offset_ns: npt.NDArray[np.int64]  # (S,) added to the start of its tokens
+    duration_ns: npt.NDArray[np.int64]  # (S,) of its tokens
+    sample_s: npt.NDArray[np.float32]  # (S,) of its samples
 
 
 @dataclass
@@ -91,13 +104,17 @@ class Window:
     frame_time_s: npt.NDArray[np.float32]  # (F,)
 
 
+# Source (n,), start on its stream's clock (n,), values (n, P) of tokens, as they were recorded.
+Tokens = tuple[npt.NDArray[np.int64], npt.NDArray[np.int64], npt.NDArray[np.float32]]
+
+
 class WindowReader:
     """Reads windows of a store; holds the store open, so each worker makes its own."""
 
     def __init__(self, store: Store, model: BrainloomConfig, max_frames: int) -> None:
-        self.store, self.source_table, self.max_frames = store, SourceTable(store), max_frames
+        self.store, self.source_table = store, SourceTable(store)
         self.samples_per_token = model.samples_per_token
-        self.image_size = (model.image_size[0], model.image_size[1])
+        self.frames = FrameReader(store, (model.image_size[0], model.image_size[1]), max_frames)
         self._sources: dict[int, Sources] = {}
         self._check_samples()
 
@@ -114,113 +131,119 @@ class WindowReader:
     def sources(self, index: int) -> Sources:
         """All sources of a session, cached."""
         if index not in self._sources:
-            self._sources[index] = self._read_sources(index)
+            session, entry = self.store.session(index), self.store.entries[index]
+            num_features = len(self.store.catalog["features"]["names"])
+            features = (
+                session.array("units/features") if entry["num_units"] else np.zeros((0, num_features), np.float32)
+            )
+            parts = [self._sources_of(index, features, *numbered) for numbered in token_streams(entry)]
+            self._sources[index] = _joined([_no_sources(num_features), *parts])
         return self._sources[index]
 
-    def _read_sources(self, index: int) -> Sources:
-        session, entry = self.store.session(index), self.store.entries[index]
-        num_features = len(self.store.catalog["features"]["names"])
-        features = session.array("units/features") if entry["num_units"] else np.zeros((0, num_features), np.float32)
-        parts = []
-        for number, stream in token_streams(entry):
-            size, first = stream["num_sources"], stream["first_unit"]
-            opened = session.stream(stream["name"])
-            if first is None:
-                rows, measured = (
-                    self.source_table.channel_rows(entry, stream),
-                    np.zeros((size, num_features), np.float32),
-                )
-            else:
-                rows, measured = self.source_table.unit_rows(index, first, size), features[first : first + size]
-            modality = np.full(size, MODALITIES.index(stream["modality"]), np.int64)
-            parts.append((modality, rows, measured, opened.mean, opened.scale, np.full(size, number), np.arange(size)))
-        if not parts:  # a session of pixels alone
-            none, numbers = np.zeros(0, np.int64), np.zeros(0, np.float32)
-            return Sources(none, none, np.zeros((0, num_features), np.float32), numbers, numbers, none, none)
-        columns: list[Array] = [np.concatenate(column) for column in zip(*parts, strict=True)]
-        return Sources(*columns)
+    def _sources_of(self, index: int, features: Array, number: int, stream: dict[str, Any]) -> Sources:
+        size, first = stream["num_sources"], stream["first_unit"]
+        opened = self.store.session(index).stream(stream["name"])
+        if first is None:
+            rows = self.source_table.channel_rows(self.store.entries[index], stream)
+            measured = np.zeros((size, features.shape[1]), np.float32)
+        else:
+            rows, measured = self.source_table.unit_rows(index, first, size), features[first : first + size]
+        return Sources(
+            modality=np.full(size, MODALITIES.index(stream["modality"]), np.int64),
+            row=rows,
+            features=measured,
+            mean=opened.mean,
+            scale=opened.scale,
+            stream=np.full(size, number),
+            place=np.arange(size),
+            offset_ns=np.zeros(size, np.int64) if opened.offset_ns is None else opened.offset_ns,
+            duration_ns=np.full(size, opened.spec.duration_ns),
+            sample_s=np.full(size, opened.spec.sample_ns / 1e9, np.float32),
+        )
 
     def read(
-        self, index: int, start_ns: int, context_ns: int, max_units: int = 0, chance: np.random.Generator | None = None
+        self,
+        index: int,
+        start_ns: int,
+        context_ns: int,
+        max_units: int = 0,
+        chance: np.random.Generator | None = None,
+        with_frames: bool = True,
     ) -> Window:
-        """Read [start_ns, start_ns + context_ns) of a session; `max_units` > 0 draws a subset of its units."""
-        chosen = self.sources(index)
+        """Read [start_ns, start_ns + context_ns) of a session; `max_units` > 0 draws a subset of its units.
+
+        Raises DigestError where what is read is damaged or missing.
+        """
+        sources, stop_ns = self.sources(index), start_ns + context_ns
         if max_units and chance is not None:
-            chosen = _choose_units(chosen, max_units, chance)
-        session, entry = self.store.session(index), self.store.entries[index]
-        parts = [
-            self._read_stream(session, stream["name"], chosen, number, start_ns, start_ns + context_ns)
-            for number, stream in token_streams(entry)
-            if (chosen.stream == number).any()
-        ]
-        empty = np.zeros((0, self.samples_per_token), np.float32)
-        none = np.zeros(0, np.int64)
-        columns: list[Array] = (
-            [np.concatenate(column) for column in zip(*parts, strict=True)] if parts else [*[none] * 5, empty]
-        )
-        source, token_ns, offset_ns, duration_ns, sample_ns, values = columns
-        observed = ~np.isnan(values)
-        modality = chosen.modality[source]
-        standard = standardise(values, chosen.mean[source], chosen.scale[source])
-        labels = np.where((modality == 0)[:, None], values, standard)
-        start_s = (token_ns + offset_ns - start_ns) / 1e9
-        tokens = TokenTable(modality, source, start_s, start_s + duration_ns / 1e9)
-        pixels, frame_time_s = self._read_frames(session, entry, start_ns, context_ns)
-        sample_s = (sample_ns / 1e9).astype(np.float32)
-        return Window(
-            index, start_ns, chosen, tokens, token_ns, sample_s, standard, labels, observed, pixels, frame_time_s
-        )
+            sources = _choose_units(sources, max_units, chance)
+        tokens = self._read_tokens(index, sources, start_ns, stop_ns)
+        session = self.store.session(index)
+        frames = self.frames.read(session, start_ns, stop_ns) if with_frames else self.frames.none()
+        return _window(index, start_ns, sources, tokens, frames)
 
-    def _read_stream(
-        self, session: Session, name: str, chosen: Sources, number: int, start_ns: int, stop_ns: int
-    ) -> tuple[Array, ...]:
-        stream = session.stream(name)
-        duration_ns, sample_ns = stream.spec.duration_ns, stream.spec.sample_ns
-        tokens = stream.tokens(start_ns, stop_ns - duration_ns + sample_ns // 100 + 1)
-        wanted = np.flatnonzero(chosen.stream == number)
-        values_KSP = stream.read(tokens)[:, chosen.place[wanted], :]
-        num_tokens, num_sources, num_samples = values_KSP.shape
-        values = np.full((num_tokens * num_sources, self.samples_per_token), np.nan, np.float32)
-        values[:, :num_samples] = values_KSP.reshape(-1, num_samples)
-        if stream.spec.kind == "counts":
-            values[values == COUNT_MISSING] = np.nan
-        offset_ns = np.zeros(len(wanted), np.int64)
-        if stream.offset_ns is not None:
-            offset_ns = stream.offset_ns[chosen.place[wanted]]
-        return (
-            np.tile(wanted, num_tokens),
-            np.repeat(stream.start_ns[tokens], num_sources),
-            np.tile(offset_ns, num_tokens),
-            np.full(len(values), duration_ns, np.int64),
-            np.full(len(values), sample_ns, np.int64),
-            values,
-        )
+    def nothing(self, index: int, start_ns: int) -> Window:
+        """A window that has no source and no token: what stands in the place of one that cannot be read."""
+        sources, none = _no_sources(len(self.store.catalog["features"]["names"])), np.zeros(0, np.int64)
+        values = np.zeros((0, self.samples_per_token), np.float32)
+        return _window(index, start_ns, sources, (none, none, values), self.frames.none())
 
-    def _read_frames(
-        self, session: Session, entry: dict[str, Any], start_ns: int, context_ns: int
-    ) -> tuple[Array, Array]:
-        pixels, times = [], []
-        for description in entry["streams"]:
-            if description["kind"] != "frames":
-                continue
-            stream = session.stream(description["name"])
-            shown = stream.tokens(start_ns, start_ns + context_ns)
-            indices = stream.read(shown)[:, 0, 0]
-            keep = np.flatnonzero(indices >= 0)
-            keep = (
-                keep[np.unique(np.linspace(0, len(keep) - 1, min(len(keep), self.max_frames)).astype(int))]
-                if len(keep)
-                else keep
-            )
-            rows = self.store.frames(description["stimulus"])
-            if len(keep):  # each stimulus by itself: their sizes may differ
-                shots = np.stack([rows.read(int(i), int(i) + 1)[0] for i in indices[keep]])
-                pixels.append(resize_frames(shots, self.image_size))
-                times.append((stream.start_ns[shown][keep] - start_ns) / 1e9)
-        if not pixels:
-            return np.zeros((0, *self.image_size), np.float32), np.zeros(0, np.float32)
-        first = slice(0, self.max_frames)
-        return np.concatenate(pixels)[first], np.concatenate(times)[first].astype(np.float32)
+    def _read_tokens(self, index: int, sources: Sources, start_ns: int, stop_ns: int) -> Tokens:
+        """All tokens that lie between the two times, on their streams' clocks."""
+        session, streams = self.store.session(index), []
+        for number, description in token_streams(self.store.entries[index]):
+            wanted = np.flatnonzero(sources.stream == number)
+            if len(wanted):
+                stream = session.stream(description["name"])
+                end_ns = stop_ns - stream.spec.duration_ns + stream.spec.sample_ns // 100 + 1
+                streams.append((stream, stream.tokens(start_ns, end_ns), wanted))
+        num_tokens = sum((tokens.stop - tokens.start) * len(wanted) for _, tokens, wanted in streams)
+        source, token_ns = np.empty(num_tokens, np.int64), np.empty(num_tokens, np.int64)
+        values = np.full((num_tokens, self.samples_per_token), np.nan, np.float32)
+        first = 0
+        for stream, tokens, wanted in streams:
+            read = stream.read(tokens).take(sources.place[wanted], axis=1)  # (tokens, sources, samples)
+            shape, here = read.shape[:2], slice(first, first + read.shape[0] * read.shape[1])
+            source[here].reshape(shape)[:] = wanted
+            token_ns[here].reshape(shape)[:] = stream.start_ns[tokens, None]
+            own = values[here].reshape(*shape, self.samples_per_token)[..., : read.shape[2]]
+            own[:] = read
+            if stream.spec.kind == "counts":
+                own[read == COUNT_MISSING] = np.nan
+            first = here.stop
+        return source, token_ns, values
+
+
+def _window(index: int, start_ns: int, sources: Sources, read: Tokens, frames: tuple[Array, Array]) -> Window:
+    source, token_ns, values = read
+    start_s = (token_ns + sources.offset_ns[source] - start_ns) / 1e9
+    modality = sources.modality[source]
+    standard = standardise(values, sources.mean[source], sources.scale[source])
+    return Window(
+        session=index,
+        start_ns=start_ns,
+        sources=sources,
+        tokens=TokenTable(modality, source, start_s, start_s + sources.duration_ns[source] / 1e9),
+        token_ns=token_ns,
+        sample_s=sources.sample_s[source],
+        values=standard,
+        labels=np.where((modality == 0)[:, None], values, standard),
+        observed=~np.isnan(values),
+        pixels=frames[0],
+        frame_time_s=frames[1],
+    )
+
+
+def _no_sources(num_features: int) -> Sources:
+    """What a session of pixels alone has."""
+    none, numbers = np.zeros(0, np.int64), np.zeros(0, np.float32)
+    return Sources(
+        none, none, np.zeros((0, num_features), np.float32), numbers, numbers, none, none, none, none, numbers
+    )
+
+
+def _joined(parts: list[Sources]) -> Sources:
+    return Sources(*(np.concatenate([getattr(part, name) for part in parts]) for name in Sources.__dataclass_fields__))
 
 
 def _choose_units(sources: Sources, max_units: int, chance: np.random.Generator) -> Sources:
@@ -229,17 +252,7 @@ def _choose_units(sources: Sources, max_units: int, chance: np.random.Generator)
     if len(units) > max_units:
         units = np.sort(chance.permutation(units)[:max_units])
     keep = np.concatenate([units, np.flatnonzero(~is_unit)])
-    return Sources(*(getattr(sources, name)[keep] for name in Sources.__dataclass_fields__))
-
-
-def resize_frames(frames: Array, size: tuple[int, int]) -> npt.NDArray[np.float32]:
-    """Frames (F, h, w[, C]) uint8 to grey, standardised (F, H, W) float32; a change of size averages areas."""
-    grey = frames.astype(np.float32)
-    grey = grey.mean(-1) if grey.ndim == 4 else grey
-    if grey.shape[1:] != tuple(size):
-        resized = torch.nn.functional.interpolate(torch.from_numpy(grey)[:, None], list(size), mode="area")
-        grey = resized[:, 0].numpy()
-    return standard_pixels(grey)
+    return Sources(*(getattr(sources, name).take(keep, axis=0) for name in Sources.__dataclass_fields__))
 
 
 @dataclass(frozen=True)
@@ -273,9 +286,13 @@ def budget(store: Store, data: DataConfig, mix: str) -> Budget:
     inputs = min({"encoding": behavior, "inpainting": everything}.get(name, num_activity) for name in families)
     asked = sum({"decoding": behavior, "inpainting": everything}.get(name, num_activity) for name in families)
     asked = min(asked, everything)
-    shown = {"encoding", "inpainting"}.issuperset(families)
-    frames = min(data.max_frames, _most_frames(store, context_ns)) if shown else 0
+    frames = min(data.max_frames, _most_frames(store, context_ns)) if may_show_frames(mix) else 0
     return Budget(units + channels, max(1, inputs), max(1, min(asked, data.max_queries)), max(1, frames))
+
+
+def may_show_frames(mix: str) -> bool:
+    """Is the stimulus ever visible in a mix of families?"""
+    return {"encoding", "inpainting"}.issuperset(mix.split("+"))
 
 
 def _most_frames(store: Store, context_ns: int) -> int:
@@ -332,6 +349,22 @@ def pad(array: Array, length: int, value: float = 0) -> Array:
     return padded
 
 
-def collate(samples: list[dict[str, Array]]) -> dict[str, Tensor]:
-    """Stack samples into a batch of tensors."""
-    return {name: torch.from_numpy(np.stack([sample[name] for sample in samples])) for name in samples[0]}
+def collate(samples: list[dict[str, Array]], pinned: bool = False) -> dict[str, Tensor]:
+    """Stack samples into a batch of tensors; in pinned memory it goes to a GPU while that works."""
+    batch = {}
+    for name, first in samples[0].items():
+        stacked = torch.empty((len(samples), *first.shape), dtype=getattr(torch, first.dtype.name), pin_memory=pinned)
+        np.stack([sample[name] for sample in samples], out=stacked.numpy())
+        batch[name] = stacked
+    return batch
+
+
+def collate_windows(windows: list[Window], masks: list[Mask]) -> dict[str, Tensor]:
+    """A batch of windows under masks, in the smallest shape that holds them all."""
+    largest = Budget(
+        max(len(window.sources.row) for window in windows),
+        max(1, *(int(mask.visible.sum()) for mask in masks)),
+        max(1, *(int(mask.asked.sum()) for mask in masks)),
+        max(1, *(len(window.pixels) * mask.frames for window, mask in zip(windows, masks, strict=True))),
+    )
+    return collate([make_sample(window, mask, largest) for window, mask in zip(windows, masks, strict=True)])

@@ -20,6 +20,7 @@ from train.build import HALVED, build_model, whole
 from train.config import OptimConfig, RunConfig, deepspeed_config
 from train.model.modeling_brainloom import BrainloomForPreTraining, BrainloomPreTrainingOutput
 from train.sampler import mix
+from train.timing import StepTimer
 from train.unit_table import UnitTable
 
 BETAS = (0.9, 0.95)
@@ -62,6 +63,20 @@ def lr_factor(step: int, config: OptimConfig) -> float:
     return config.final_lr_fraction + (1 - config.final_lr_fraction) * cosine
 
 
+def count_in_norm(optimizer: Any, table: UnitTable) -> None:
+    """Let the norm of the gradient by which DeepSpeed clips be that of core and table together.
+
+    It takes the norm inside `step` and has no place for a gradient of ours, so that its sum gets one term more, after
+    the table's gradients have been exchanged. A norm that is not finite, of whichever of the two, skips both.
+    """
+    if hasattr(optimizer, "_get_norm_groups"):  # ZeRO-3
+        groups = optimizer._get_norm_groups
+        optimizer._get_norm_groups = lambda: [*(norms := groups()), table.norm.to(norms[0].device)]
+    else:  # ZeRO-1 and ZeRO-2
+        total = optimizer.scaled_global_norm
+        optimizer.scaled_global_norm = lambda: torch.hypot(norm := total(), table.norm.to(norm.device))
+
+
 class Engine:
     """The model under DeepSpeed and the unit table; one `train_step` is one optimizer step."""
 
@@ -77,8 +92,11 @@ class Engine:
             model=model, optimizer=optimizer, config=self.ds_config, dist_init_required=False
         )
         self.device: torch.device = self.deepspeed.device
+        self.timer = StepTimer(self.device)
         averages = config.train.average_steps > 0
-        self.table = UnitTable(keys, model.config.unit_embed_size, self.device, averages)
+        # A group of its own: the exchange of rows does not queue behind ZeRO's gathers.
+        self.table = UnitTable(keys, model.config.unit_embed_size, self.device, averages, dist.new_group())
+        count_in_norm(self.optimizer, self.table)
         # Of this rank's partitions of the master weights, by name: what it costs is four bytes for each.
         self.average = {name: part.clone() for name, part in self.masters()} if averages else {}
 
@@ -102,27 +120,71 @@ class Engine:
         output: BrainloomPreTrainingOutput = self.deepspeed(context_s=context_s, **arguments)
         return output
 
+    @torch.no_grad()
+    def predict(self, batch: dict[str, Tensor], context_s: float) -> Tensor:
+        """Predictions (B, Q, P) of a batch without dropout; every rank calls it, and nothing of the training moves."""
+        unlabelled = {name: tensor for name, tensor in batch.items() if name not in ("labels", "label_mask")}
+        self.deepspeed.eval()
+        predictions = self.forward(unlabelled, context_s).predictions
+        self.deepspeed.train()
+        self.table.discard()
+        assert predictions is not None
+        return predictions
+
+    def gradient_norm(self) -> float:
+        """Of the core's gradient at the last step, before it was clipped."""
+        return float(self.deepspeed.get_global_grad_norm() or 0.0)
+
     def train_step(self, micro_batches: list[dict[str, Tensor]], step: int) -> tuple[Tensor, Tensor]:
-        """One optimizer step. Returns this rank's sums over its samples: nats (3,) and values (3,)."""
+        """One optimizer step, or none where loss or gradient is not finite on any rank: then nothing moves on all.
+
+        Returns the mean loss of this rank, and nats and values of each of its W windows (2, W, 3).
+        """
         factor = lr_factor(step, self.config.train)
         for group in self.optimizer.param_groups:
             group["lr"] = self.config.train.lr * factor
         context_s = self.config.turn(step).context_s
-        loss, nats, values = torch.zeros(()), torch.zeros(3), torch.zeros(3)
+        loss, windows = torch.zeros(()), []
         size = self.config.train.micro_batch_size
+        self.table.fetch(*(batch["unit_rows"] for batch in micro_batches))
         for number, batch in enumerate(micro_batches, dist.get_rank() * len(micro_batches)):
             # A micro-batch is of the same samples on any number of ranks, and so is what dropout leaves out of it.
             torch.manual_seed(mix(step * self.config.train.global_batch_size + number * size, self.config.seed))
-            output = self.forward(batch, context_s)
-            self.deepspeed.backward(output.loss)
-            self.table.accumulate()
-            self.deepspeed.step()
+            with self.timer.phase("forward"):
+                output = self.forward(batch, context_s)
             assert output.loss is not None and output.nats is not None and output.num_values is not None
+            with self.timer.phase("backward"):
+                self.deepspeed.backward(infectious(output.loss))
+                if self.deepspeed.is_gradient_accumulation_boundary():
+                    self.table.exchange()
+            with self.timer.phase("optimizer"):
+                self.deepspeed.step()
             loss += output.loss.detach().cpu() / len(micro_batches)
-            nats += output.nats.detach().sum(0).cpu()
-            values += output.num_values.sum(0).cpu()
+            windows.append(torch.stack([output.nats.detach(), output.num_values.to(output.nats)]).cpu())
+        self._follow(step, self.config.train.unit_lr * factor)
+        return loss, torch.cat(windows, dim=1)
+
+    @property
+    def moved(self) -> bool:
+        """Did the last step move anything? DeepSpeed decides by the norm of the gradient that all ranks share."""
+        return bool(self.deepspeed.was_step_applied())
+
+    def _follow(self, step: int, unit_lr: float) -> None:
+        """The unit table and the averages move where the core has moved."""
+        if not self.moved:
+            self.table.discard()
+            return
         keep = average_decay(step, self.config.train) if self.average else 0.0
-        self.table.step(self.config.train.unit_lr * factor, keep)
-        if self.average:
-            torch._foreach_lerp_([*self.average.values()], [part for _, part in self.masters()], 1 - keep)
-        return loss, torch.stack([nats, values])
+        norm = torch.as_tensor(self.deepspeed.get_global_grad_norm())
+        with self.timer.phase("optimizer"):
+            self.table.step(unit_lr, step + 1, keep, (self.config.train.clip_norm / (norm + 1e-6)).clamp(max=1.0))
+            if self.average:
+                torch._foreach_lerp_([*self.average.values()], [part for _, part in self.masters()], 1 - keep)
+
+
+def infectious(loss: Tensor) -> Tensor:
+    """The loss; where it is not finite, every gradient is not, whatever the loss is made of.
+
+    So the one decision on the gradient, which all ranks take together, holds for the loss of each.
+    """
+    return loss * torch.where(loss.detach().isfinite(), 1.0, torch.nan)

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from train.dataset import Window, split_windows
+from train.dataset import Window, Windows, split_windows
 from train.masking import TASKS, Mask, Task, task_mask
 from train.metrics import deviance_explained
 from train.trained import Trained, load_trained
@@ -92,11 +92,14 @@ def suits(task: Task, entry: dict[str, Any]) -> bool:
 def spread(trained: Trained, label: str, session: int, num_windows: int) -> list[int]:
     """Starts (ns) of up to `num_windows` windows of a session's split, evenly spread, none overlapping."""
     context_s = trained.run.data.context_s
-    windows = split_windows(trained.store, label, context_s, context_s)
-    starts = [windows.locate(i)[1] for i in range(len(windows)) if windows.locate(i)[0] == session]
-    if len(starts) <= num_windows:
-        return starts
-    return [starts[i] for i in np.linspace(0, len(starts) - 1, num_windows).round().astype(int)]
+    return spread_windows(split_windows(trained.store, label, context_s, context_s), session, num_windows)
+
+
+def spread_windows(windows: Windows, session: int, num_windows: int) -> list[int]:
+    """Starts (ns) of up to `num_windows` windows of a session, evenly spread."""
+    own = windows.of_sessions().get(session, range(0))
+    chosen = np.linspace(0, len(own) - 1, min(num_windows, len(own))).round().astype(int)
+    return [windows.locate(own[i])[1] for i in chosen]
 
 
 def evaluate(trained: Trained, label: str, references: References, num_windows: int) -> list[Row]:

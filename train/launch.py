@@ -1,8 +1,8 @@
 """Start one process per slot of a hostfile, watch them, and end all of them when one fails.
 
 In:  hosts, a command (a whole argv), a folder for logs, the environment of the ranks.
-Out: an exit code (0 only when every rank ended with 0), and `rank-0000r.log` per rank, or `launcher.log` where
-     DeepSpeed's runner starts the ranks on other hosts. No shell is involved on this machine.
+Out: an exit code (0 only when every rank ended with 0; exit_codes.py), and `rank-0000r.log` per rank, or `launcher.log`
+     where DeepSpeed's runner starts the ranks on other hosts. No shell is involved on this machine.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from pathlib import Path
 from train import hostfile
 from train.hostfile import Host, HostfileError
 from train.ranks import LaunchError, Signals, Started, end, say, start, supervise
+from train.watchdog import Watchdog
 
 FORWARDED = re.compile(r"(DS_ACCELERATOR|OMP_NUM_THREADS|TORCH_EXTENSIONS_DIR|(GLOO|HF|BRAINLOOM|TORCH_NCCL|AWS)_\w+)$")
 SECRET = re.compile(r"TOKEN|SECRET|AWS_ACCESS_KEY_ID")
@@ -31,19 +32,22 @@ def launch(hosts: list[Host], command: list[str], log_dir: Path, env: Mapping[st
     """Run `command` once per slot and return the first failing rank's exit code (128 + n for signal n), or 0.
 
     `env` is the whole environment of a rank, usually `os.environ`; RANK, WORLD_SIZE and so on are added here.
-    SIGINT, SIGTERM and SIGHUP go to every rank and end the run with 128 + n, SIGUSR1 is only passed on; a second
-    stop signal ends the run within seconds. Raises LaunchError or HostfileError before anything has started.
+    SIGINT, SIGTERM and SIGHUP go to every rank and end the run with 128 + n, SIGUSR1 is only passed on; where all ranks
+    have saved and left with STOPPED, that is the code. A second stop signal ends the run within seconds. A rank that
+    hangs ends it with HUNG. Raises LaunchError or HostfileError before anything has started.
     """
     log_dir.mkdir(parents=True, exist_ok=True)
+    watchdog, port = Watchdog(log_dir), _free_port()
     with Signals() as signals:
         if _all_here(hosts):
-            started = _start_here(hosts[0], command, log_dir, env)
+            started = _start_here(hosts[0], command, log_dir, env, port)
         else:
             started = [_start_elsewhere(hosts, command, log_dir, env)]
         try:
-            return supervise(started, signals)
+            return supervise(started, signals, watchdog)
         finally:
             end(started)
+            clear_shared_memory(port)
 
 
 def plan(hosts: list[Host], command: list[str], log_dir: Path, env: Mapping[str, str]) -> str:
@@ -125,10 +129,15 @@ def _free_port() -> str:
         return str(probe.getsockname()[1])
 
 
-def _start_here(host: Host, command: list[str], log_dir: Path, env: Mapping[str, str]) -> list[Started]:
+def clear_shared_memory(port: str) -> None:
+    """Remove what DeepSpeed's ranks of this launch left in memory, 67 MB each: nobody else has our user and port."""
+    for buffer in Path("/dev/shm").glob(f"deepspeed_allreduce_buffer_{os.getuid()}_127.0.0.1_{port}_*"):
+        buffer.unlink(missing_ok=True)
+
+
+def _start_here(host: Host, command: list[str], log_dir: Path, env: Mapping[str, str], port: str) -> list[Started]:
     for lock in clear_stale_locks(extensions_dir(env), time.time()):
         say(f"launch: removed {lock}: a build that was killed left it, and every rank would have waited for it")
-    port = _free_port()
     say(f"launch: {host.slots} rank(s) on this machine, port {port}, logs in {log_dir}")
     started: list[Started] = []
     try:

@@ -11,27 +11,32 @@ import platform
 import random
 import signal
 import sys
-import time
 import warnings
 from pathlib import Path
 from types import FrameType
-from typing import Any
 
 import deepspeed
 import numpy as np
 import torch
 import torch.distributed as dist
-from torch import Tensor
 
 from prep.store import Store
 from train import checkpoint, config
 from train.build import model_config
-from train.engine import Engine, lr_factor
-from train.loader import TrainingSamples, batches, to_device
+from train.config import RunConfig
+from train.engine import Engine
+from train.exit_codes import STOPPED
+from train.heartbeat import FIRST_STEP, Heart
+from train.incidents import Incidents
+from train.loader import TrainingSamples, batches, note_skipped
 from train.metrics import MetricsLog
+from train.module_trace import module_traces
+from train.profiling import Profiler
+from train.self_check import Peers, surroundings, weights
 from train.sources import SourceTable
+from train.step import take_step
+from train.validation import Validation
 
-STOPPED = 85  # exit code of a run that was asked to stop, and saved
 _stop_requested = False
 
 
@@ -46,11 +51,15 @@ def main(args: argparse.Namespace) -> int:
     for number in (signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, _request_stop)
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")  # DeepSpeed's, each step
-    deepspeed.init_distributed("nccl" if torch.cuda.is_available() else "gloo", verbose=False)
+    run, rank = config.load(args.out / "config.yaml"), int(os.environ["RANK"])
+    heart = Heart(args.out / "logs", rank, FIRST_STEP * run.faults.watchdog_s)
     try:
-        return train(args.out, args.resume)
+        peers = Peers(rank, int(os.environ["WORLD_SIZE"]), run.faults.watchdog_s)
+        return train(args.out, run, args.resume, peers, heart)
     finally:
-        dist.destroy_process_group()
+        if dist.is_initialized():
+            dist.destroy_process_group()
+        heart.stop()
 
 
 def _request_stop(number: int, frame: FrameType | None) -> None:
@@ -58,33 +67,62 @@ def _request_stop(number: int, frame: FrameType | None) -> None:
     _stop_requested = True
 
 
-def train(run_dir: Path, resume: str = "auto") -> int:
+def stop_requested() -> bool:
+    """Has a signal asked this rank to save and leave?"""
+    return _stop_requested
+
+
+def train(run_dir: Path, run: RunConfig, resume: str, peers: Peers, heart: Heart) -> int:
     """Run the steps that are left. Returns 0, or STOPPED after a signal."""
-    run = config.load(run_dir / "config.yaml")
     store = Store(json.loads((run_dir / "run.json").read_text())["store"])
-    rank, world_size = dist.get_rank(), dist.get_world_size()
+    rank, world_size = peers.rank, peers.world_size
+    samples = TrainingSamples(store.address, run, model_config(run))
+    peers.agree(surroundings(run, store.digest(), world_size) | module_traces(samples, rank, world_size))
+    deepspeed.init_distributed("nccl" if torch.cuda.is_available() else "gloo", verbose=False)
     seed_everything(run.seed)
     engine = Engine(run, SourceTable(store).keys, world_size)
-    first_step = _resume(engine, run_dir, resume)
-    samples = TrainingSamples(store.address, run, model_config(run))
+    first_step = _resume(engine, samples, run_dir, resume)
+    peers.agree({"start": [f"step {first_step}"], "weights": weights(engine.model, deepspeed.zero.GatheredParameters)})
+    engine.timer.on_phase = heart.enter
     if rank == 0:
         _write_environment(engine, run_dir, world_size, store)
-    log = MetricsLog(run_dir, first_step, run.train.num_steps, run.log_every) if rank == 0 else None
+    engine.timer.time_collectives()
+    log = MetricsLog(run_dir, run, first_step) if rank == 0 else None
+    incidents, validation = Incidents(run_dir, samples), Validation(store, run)
+    profiler = Profiler(samples, run_dir, rank, world_size)
     root = run_dir / "checkpoints"
-    state = {"store_digest": store.digest(), "config_digest": _digest(run_dir / "config.yaml")}
+    state = {
+        "store_digest": store.digest(),
+        "config_digest": _digest(run_dir / "config.yaml"),
+        "eras": samples.order.state,
+    }
     feed = batches(samples, first_step, rank, world_size)
     per_step = config.gradient_accumulation(run.train, world_size)
     try:
         for step in range(first_step, run.train.num_steps):
-            row, stop = _step(engine, feed, per_step, step)
+            heart.begin(step)
+            with profiler.watch(step):
+                row, windows, stop = take_step(engine, feed, per_step, step, stop_requested)
+            note_skipped(run_dir, step, feed.skipped)
             if log is not None:
                 log.write(row)
+            spike = incidents.judge(step, engine.moved, row["loss"], windows)
+            if spike is not None:
+                heart.enter("rewind")
+                incidents.rewound(step, spike, _rewind(engine, root, spike))
             last = step + 1 == run.train.num_steps
-            if (step + 1) % run.checkpoint_every == 0 or last or stop:
+            if validation.is_due(step + 1):
+                heart.enter("validation")
+                scores = validation.score(engine.predict, engine.device)
+                if log is not None:
+                    log.write_validation({"step": step + 1, **scores})
+            if (step + 1) % run.checkpoint_every == 0 or last or stop or spike is not None:
+                heart.enter("save")
                 position = (step + 1) * run.train.global_batch_size
                 checkpoint.save(engine, root, step + 1, {**state, "position": position})
                 if rank == 0:
                     checkpoint.prune(root, run.keep_checkpoints)
+            heart.patience_s = run.faults.watchdog_s
             if stop and not last:
                 _say(f"asked to stop: saved step {step + 1}; the same command goes on from there")
                 return STOPPED
@@ -95,35 +133,20 @@ def train(run_dir: Path, resume: str = "auto") -> int:
     return 0
 
 
-def _step(engine: Engine, feed: Any, per_step: int, step: int) -> tuple[dict[str, Any], bool]:
-    began_s = time.perf_counter()
-    micro_batches = [to_device(next(feed), engine.device) for _ in range(per_step)]
-    waited_s = time.perf_counter() - began_s
-    num_tokens = sum(batch_tokens(batch) for batch in micro_batches)
-    loss, sums = engine.train_step(micro_batches, step)
-    shared = torch.cat([loss[None], sums.flatten(), torch.tensor([num_tokens, float(_stop_requested)])]).double()
-    shared = shared.to(engine.device)  # NCCL reduces nothing that lies in the host's memory
-    dist.all_reduce(shared)
-    shared = shared.to("cpu")
-    nats, values = shared[1:7].reshape(2, 3)
-    seconds = time.perf_counter() - began_s
-    families = engine.config.train.families
-    row: dict[str, Any] = {
-        "step": step,
-        "family": families[step % len(families)],
-        "loss": float(shared[0]) / dist.get_world_size(),
-        "lr": engine.config.train.lr * lr_factor(step, engine.config.train),
-        "tokens_per_s": float(shared[7]) / seconds,
-        "data_wait_share": waited_s / seconds,
-        "seconds": seconds,
-    }
-    for name, total, count in zip(("spikes", "traces", "behavior"), nats, values, strict=True):
-        if count:
-            row[f"nats_{name}"] = float(total / count)
-    return row, bool(shared[8])
+def _rewind(engine: Engine, root: Path, begun: int) -> int | None:
+    """Undo a spike: everything that is trained goes back to the checkpoint before it, the data and the step go on.
+
+    So the position stays `step * global_batch_size`, and what the spike has read is not read again. What stands then is
+    saved at once: a resumed run begins there. Returns the checkpoint's step, or None where there is none so old.
+    """
+    found, _ = checkpoint.newest(root, begun)
+    if found is None:
+        return None
+    checkpoint.restore(engine, found)
+    return found.step
 
 
-def _resume(engine: Engine, run_dir: Path, resume: str) -> int:
+def _resume(engine: Engine, samples: TrainingSamples, run_dir: Path, resume: str) -> int:
     root = run_dir / "checkpoints"
     found, passed_over = checkpoint.newest(root) if resume != "never" else (None, [])
     for reason in passed_over:
@@ -137,6 +160,7 @@ def _resume(engine: Engine, run_dir: Path, resume: str) -> int:
         return 0
     rows = checkpoint.restore(engine, found)
     _say(f"resuming from {found.path} (step {found.step}, {rows} unit rows)")
+    samples.go_on(found.state())
     return found.step
 
 
@@ -149,6 +173,7 @@ def seed_everything(seed: int) -> None:
 
 def _write_environment(engine: Engine, run_dir: Path, world_size: int, store: Store) -> None:
     (run_dir / "ds_config.json").write_text(json.dumps(engine.ds_config, indent=1))
+    units = len(engine.table) * engine.table.weight.shape[1]
     environment = {
         "python": sys.version.split()[0],
         "platform": platform.platform(),
@@ -159,10 +184,9 @@ def _write_environment(engine: Engine, run_dir: Path, world_size: int, store: St
         "omp_num_threads": os.environ.get("OMP_NUM_THREADS"),
         "store_digest": store.digest(),
         "num_parameters_core": engine.num_parameters,
-        "num_parameters_units": engine.table.weight.numel(),
+        "num_parameters_units": units,
     }
     (run_dir / "environment.json").write_text(json.dumps(environment, indent=1))
-    units = engine.table.weight.numel()
     _say(f"{engine.num_parameters:,} core parameters, {units:,} in the unit table, {world_size} ranks")
 
 
@@ -173,8 +197,3 @@ def _say(message: str) -> None:
 
 def _digest(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
-
-
-def batch_tokens(batch: dict[str, Tensor]) -> int:
-    """Visible tokens and asked tokens of a batch."""
-    return int(batch["input_mask"].sum() + batch["label_mask"].any(-1).sum())

@@ -19,6 +19,7 @@ HIDDEN_UNITS = (0.1, 0.5)  # share of units hidden in co-smoothing
 FORECAST_FROM = (0.4, 0.8)  # the cut, as a share of the window
 INPAINT_SHARE = 0.3
 INPAINT_BLOCK_S = 0.3
+_IS_ACTIVITY = np.array([name in ACTIVITY for name in MODALITIES])
 STIMULUS_DROP = 0.3  # how often encoding is trained on behaviour alone
 
 
@@ -80,7 +81,7 @@ def draw_mask(mix: str, tokens: TokenTable, context_s: float, chance: np.random.
 def _draw_one(family: str, tokens: TokenTable, context_s: float, chance: np.random.Generator) -> Mask:
     activity = is_activity(tokens)
     if family == "co_smoothing":
-        units = np.unique(tokens.source[activity])
+        units = np.flatnonzero(np.bincount(tokens.source[activity]))
         share = chance.uniform(*HIDDEN_UNITS)
         hidden = chance.permutation(units)[: max(1, round(share * len(units)))]
         return co_smoothing(tokens, hidden)
@@ -109,13 +110,15 @@ def cuts(stop_s: npt.NDArray[np.float64], context_s: float) -> npt.NDArray[np.fl
 
 def is_activity(tokens: TokenTable) -> Bools:
     """Tokens of units (n,)."""
-    activity: Bools = np.isin(tokens.modality, [MODALITIES.index(name) for name in ACTIVITY])
+    activity: Bools = _IS_ACTIVITY[tokens.modality]
     return activity
 
 
 def co_smoothing(tokens: TokenTable, hidden_sources: npt.NDArray[np.int64]) -> Mask:
     """Hide whole units; the other units' activity alone is visible."""
-    hidden = np.isin(tokens.source, hidden_sources) & is_activity(tokens)
+    is_hidden = np.zeros(tokens.source.max(initial=-1) + 1, np.bool_)
+    is_hidden[hidden_sources] = True
+    hidden = is_hidden[tokens.source] & is_activity(tokens)
     return Mask(is_activity(tokens) & ~hidden, hidden, frames=False)
 
 

@@ -1,4 +1,4 @@
-"""What a run writes about itself: metrics.jsonl, TensorBoard, a line on the terminal; and scores of predictions.
+"""What a run writes about itself: metrics.jsonl, validation.jsonl, boards, a line on the terminal; and scores.
 
 In: numbers of a step; recorded and predicted values. Out: rows that anyone can read again.
 """
@@ -10,37 +10,37 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from torch.utils.tensorboard import SummaryWriter
+
+from train.boards import open_boards
+from train.config import RunConfig
 
 Array = npt.NDArray[Any]
+Row = dict[str, Any]
+METRICS, VALIDATION = "metrics.jsonl", "validation.jsonl"
 
 
 class MetricsLog:
-    """One row per step; only rank 0 has one."""
+    """One row per step, and one per validation; only rank 0 has one."""
 
-    def __init__(self, run_dir: Path, first_step: int, num_steps: int, log_every: int) -> None:
-        self._path = run_dir / "metrics.jsonl"
-        self._keep_before(first_step)
-        self._file = open(self._path, "a")  # noqa: SIM115  open as long as the run
-        self._board = SummaryWriter(str(run_dir / "tensorboard"), purge_step=first_step)
-        self._first, self._num_steps, self._log_every = first_step, num_steps, log_every
+    def __init__(self, run_dir: Path, run: RunConfig, first_step: int) -> None:
+        """A resumed run repeats the steps after its checkpoint: their old rows go."""
+        self._first, self._num_steps, self._log_every = first_step, run.train.num_steps, run.log_every
+        self._boards = open_boards(run_dir, run, first_step)
+        kept = keep_rows(run_dir / METRICS, first_step - 1)
+        keep_rows(run_dir / VALIDATION, first_step)  # after that many steps
+        self._unit_hours = float(kept[-1].get("unit_hours", 0.0)) if kept else 0.0  # older runs did not count
+        self._steps = open(run_dir / METRICS, "a")  # noqa: SIM115  open as long as the run
+        self._validations = open(run_dir / VALIDATION, "a")  # noqa: SIM115  likewise
         self._began_s = time.perf_counter()
 
-    def _keep_before(self, step: int) -> None:
-        """A resumed run repeats the steps after its checkpoint: their old rows go."""
-        if self._path.exists():
-            text = self._path.read_text()
-            whole = text[: text.rfind("\n") + 1]  # a row that a crash cut off is repeated anyway
-            rows = [line for line in whole.splitlines() if json.loads(line)["step"] < step]
-            self._path.write_text("".join(line + "\n" for line in rows))
-
-    def write(self, row: dict[str, Any]) -> None:
-        """Add a step's row; a line on the terminal every `log_every` steps."""
-        self._file.write(json.dumps(row) + "\n")
-        self._file.flush()
-        for key, value in row.items():
-            if isinstance(value, float):
-                self._board.add_scalar(key, value, row["step"])
+    def write(self, row: Row) -> None:
+        """Add a step's row, its unit-hours to those before; a line on the terminal every `log_every` steps."""
+        self._unit_hours += row["unit_hours"]
+        row = {**row, "unit_hours": self._unit_hours, "unix_s": time.time()}
+        _append(self._steps, row)
+        numbers = {name: value for name, value in row.items() if isinstance(value, float) and name != "unix_s"}
+        for board in self._boards:
+            board.write(row["step"], numbers)
         done = row["step"] + 1
         if done % self._log_every == 0 or done == self._num_steps:
             left_s = (time.perf_counter() - self._began_s) / (done - self._first) * (self._num_steps - done)
@@ -51,31 +51,75 @@ class MetricsLog:
                 flush=True,
             )
 
+    def write_validation(self, row: Row) -> None:
+        """Add the scores of a validation; one number per task on the terminal."""
+        _append(self._validations, row)
+        whole = {task_name(score): score["deviance_explained"] for score in row["scores"] if score["of"] == "all"}
+        for board in self._boards:
+            board.write(row["step"], {f"valid/{name}": value for name, value in whole.items() if value is not None})
+        told = ", ".join(f"{name} {value:.3f}" for name, value in whole.items() if value is not None)
+        print(f"step {row['step']}: deviance explained of the valid split: {told} ({row['seconds']:.1f} s)", flush=True)
+
     def close(self) -> None:
         """Flush and close."""
-        self._file.close()
-        self._board.close()
+        self._steps.close()
+        self._validations.close()
+        for board in self._boards:
+            board.close()
 
 
-def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
-    """The rows of metrics.jsonl."""
-    return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+def _append(file: Any, row: Row) -> None:
+    file.write(json.dumps(row) + "\n")
+    file.flush()
 
 
-def poisson_deviance(counts: Array, rates: Array) -> float:
-    """2 sum k log(k / rate) - (k - rate) over (n,) counts and expected counts (McCullagh & Nelder 1989)."""
-    counts, rates = counts.astype(np.float64), np.maximum(rates.astype(np.float64), 1e-9)
-    ratio = np.where(counts > 0, counts / rates, 1.0)
-    return float(2 * (counts * np.log(ratio) - (counts - rates)).sum())
+def task_name(score: Row) -> str:
+    """A task in words: `spikes encoding from behavior + stimulus`."""
+    return f"{score['modality']} {score['task'].replace('_', '-')} from {' + '.join(score['visible'])}"
 
 
-def squared_error(values: Array, means: Array) -> float:
-    """Sum of squares over (n,)."""
-    return float(((values.astype(np.float64) - means.astype(np.float64)) ** 2).sum())
+def keep_rows(path: Path, last_step: int) -> list[Row]:
+    """Take the rows after a step out of a file; those that are left."""
+    rows = [row for row in read_rows(path) if row["step"] <= last_step]
+    if path.exists():
+        whole = path.with_suffix(".partial")
+        whole.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        whole.replace(path)
+    return rows
+
+
+def read_rows(path: Path) -> list[Row]:
+    """The rows of a file that may be growing; a last line without its end is not one yet. None where no file is."""
+    text = path.read_text() if path.exists() else ""
+    return [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
+
+
+def read_metrics(run_dir: Path) -> list[Row]:
+    """A row per step."""
+    return read_rows(run_dir / METRICS)
+
+
+def deviances(modality: str, truth: Array, expected: Array) -> npt.NDArray[np.float64]:
+    """What each value (n,) adds to the deviance.
+
+    Counts: 2 (k log(k / rate) - (k - rate)) of Poisson (McCullagh & Nelder 1989). Others: the squared error.
+    """
+    truth, expected = truth.astype(np.float64), expected.astype(np.float64)
+    if modality != "spikes":
+        squares: npt.NDArray[np.float64] = (truth - expected) ** 2
+        return squares
+    expected = np.maximum(expected, 1e-9)
+    ratio = np.where(truth > 0, truth / expected, 1.0)
+    return np.asarray(2 * (truth * np.log(ratio) - (truth - expected)))
+
+
+def share_explained(deviance: float, null_deviance: float) -> float:
+    """1 - deviance / null deviance; NaN where the null has none."""
+    return 1 - deviance / null_deviance if null_deviance > 0 else float("nan")
 
 
 def deviance_explained(modality: str, truth: Array, prediction: Array, null: Array) -> float:
-    """1 - deviance / null deviance: D2 for counts, R2 over the train mean for values; NaN where the null has none."""
-    deviance = poisson_deviance if modality == "spikes" else squared_error
-    null_deviance = deviance(truth, null)
-    return 1 - deviance(truth, prediction) / null_deviance if null_deviance > 0 else float("nan")
+    """Of values (n,): D2 for counts, R2 over the train mean for others; NaN where the null has no deviance."""
+    return share_explained(
+        float(deviances(modality, truth, prediction).sum()), float(deviances(modality, truth, null).sum())
+    )

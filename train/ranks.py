@@ -22,14 +22,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 
+from train.exit_codes import HUNG, STOPPED
+from train.watchdog import Watchdog, explain
+
 KILL_GRACE_S = 5.0  # between SIGTERM and SIGKILL, after a rank has failed
 RUNNER_GRACE_S = 40.0  # the same for DeepSpeed's runner, which gives its ranks 30 s
 STOP_GRACE_S = 120.0  # the same after a signal to the launcher: long enough to save a checkpoint
 SETTLE_S = 0.5  # ranks that fail this soon after the first may be its victims or its cause
 NUM_LAST_LINES = 25
-
 # What a healthy rank says when a peer has gone: such a rank is a victim, another one the cause.
-_VICTIM = re.compile(r"Connection (closed|reset) by peer|Broken pipe|remote process exited|Connection refused")
+_VICTIM = re.compile(
+    r"Connection (closed|reset) by peer|Broken pipe|remote process exited|Connection refused|rank 0 does not answer"
+)
 _STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
@@ -144,15 +148,15 @@ class _Follower:
                 sys.stdout.flush()
 
 
-def supervise(started: list[Started], signals: Signals) -> int:
-    """Watch until all have ended or one has failed; return the exit code of the launch."""
+def supervise(started: list[Started], signals: Signals, watchdog: Watchdog) -> int:
+    """Watch until all have ended, one has failed or hangs; return the exit code of the launch."""
     exits: _Exits = queue.SimpleQueue()
     # One waiting thread each: the queue then holds the exits in the order in which they happened.
     for one in started:
         threading.Thread(target=lambda one=one: exits.put((one, one.process.wait())), daemon=True).start()
     follower = _Follower(started[0])
-    running, deadline = len(started), float("inf")
-    while running:
+    codes, deadline = list[int](), float("inf")
+    while len(codes) < len(started):
         signals.pass_on(started)
         if signals.stop is not None:
             deadline = min(deadline, time.monotonic() + STOP_GRACE_S)
@@ -161,12 +165,17 @@ def supervise(started: list[Started], signals: Signals) -> int:
         exited = _next_exit(exits, 0.1)
         follower.copy()
         if exited is None:
+            if late := watchdog.late():
+                say(explain(late, {one.process.pid: one.log for one in started}))
+                return HUNG
             continue
-        running -= 1
-        if exited[1] != 0 and signals.stop is None:
+        codes.append(exited[1])
+        if exited[1] not in (0, STOPPED) and signals.stop is None:
             return _report(_first_failure(exited, exits), started, follower)
     follower.copy()
-    return 0 if signals.stop is None else 128 + signals.stop
+    if signals.stop is not None and codes != [STOPPED] * len(started):
+        return 128 + signals.stop
+    return max(codes)
 
 
 def _next_exit(exits: _Exits, timeout_s: float) -> _Exit | None:
@@ -181,7 +190,7 @@ def _first_failure(first: _Exit, exits: _Exits) -> _Exit:
     failures = [first]
     deadline = time.monotonic() + SETTLE_S
     while (left_s := deadline - time.monotonic()) > 0:
-        if (exited := _next_exit(exits, left_s)) and exited[1] != 0:
+        if (exited := _next_exit(exits, left_s)) and exited[1] not in (0, STOPPED):
             failures.append(exited)
     causes = [failure for failure in failures if not _VICTIM.search(_last_lines(failure[0]))]
     return (causes or failures)[0]

@@ -1,7 +1,9 @@
 """The order of windows: a pure function of (seed, pass, position).
 
-In: the number of windows, a seed. Out: which window stands at a position; nothing else has a say, neither the number of
-ranks nor of workers. The state of the data is one integer: the position.
+In: positions. Out: a keyed bijection, each sample's own chance, the positions of a rank; neither the number of ranks
+nor of workers has a say. The state of the data is the position and the eras (train/eras.py): sessions that were added
+to the store come in at the position where the run was resumed. From there the first pass takes what the running one had
+not seen yet and every new window, each once, in an order of its own; before it nothing changes.
 """
 
 from collections.abc import Iterator
@@ -41,18 +43,10 @@ class Draw:
     position: int
     pass_: int
     window: int  # index into the windows of the split
-    step: int  # the optimizer step that consumes it
 
     def generator(self, seed: int) -> np.random.Generator:
         """The sample's own source of chance: mask, unit sub-sample, jitter."""
         return np.random.Generator(np.random.Philox(key=np.array([seed, self.position], np.uint64)))
-
-
-def draw(position: int, num_windows: int, seed: int, global_batch_size: int) -> Draw:
-    """The draw at a position: pass after pass, each in an order of its own."""
-    pass_, place = divmod(position, num_windows)
-    window = permute(place, num_windows, mix(seed & _MASK, pass_))
-    return Draw(position, pass_, window, position // global_batch_size)
 
 
 def positions(

@@ -13,6 +13,7 @@ from pathlib import Path
 from prep.settings import ConfigError
 from prep.store import Store
 from train import config, hostfile, launch
+from train.mixing import session_weights
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -30,12 +31,13 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 def main(args: argparse.Namespace) -> int:
     """Check everything that can be checked before a rank is started, then launch."""
-    hosts = hostfile.read(args.hostfile)
+    hosts = hostfile.read(args.hostfile) if args.dry_run else hostfile.read_for_run(args.hostfile, os.environ)
     run = config.load(args.config, args.overrides)
     config.deepspeed_config(run, sum(host.slots for host in hosts))
     store = Store(args.store)
     if not store.entries:
         raise ConfigError(f"{args.store} holds no session. Ingest recordings first: make prep SRC=… OUT={args.store}")
+    session_weights(store.entries, run.data.weights)
     command = [sys.executable, "-m", "train", "worker", "--out", str(args.out.resolve()), "--resume", args.resume]
     if args.dry_run:
         print(launch.plan(hosts, command, args.out / "logs", os.environ))
@@ -62,13 +64,18 @@ def prepare(run: config.RunConfig, store: Store, out: Path, resume: str = "auto"
             )
         if order(before) != order(run):
             raise ConfigError(
-                f"{out} has trained on data in another order: seed, data (but num_workers), train.global_batch_size "
-                "and train.families must stay as they were. Give another OUT, or leave them as in its config.yaml."
+                f"{out} has trained on data in another order: seed, data (but num_workers and bad_windows), and of"
+                " train global_batch_size, families and context_schedule must stay as they were. Give another OUT, or "
+                "leave them as in its config.yaml."
             )
     run.save(path)
     (out / "run.json").write_text(json.dumps({"store": store.address}, indent=1))
 
 
 def order(run: config.RunConfig) -> tuple[object, ...]:
-    """All that decides which window, unit and mask stands at which position of a run."""
-    return run.seed, replace(run.data, num_workers=0), run.train.global_batch_size, run.train.families
+    """All that decides which window, unit and mask stands at which position of a run.
+
+    But for the weights of sessions: new sessions may bring some, and those of others are kept (train/eras.py).
+    """
+    data = replace(run.data, num_workers=0, bad_windows="stop", weights=config.Weights())
+    return run.seed, data, run.train.global_batch_size, run.train.families, run.train.context_schedule

@@ -16,7 +16,7 @@ from prep.settings import ConfigError
 from prep.store import Store
 from train import checkpoint, config
 from train.build import model_config
-from train.dataset import Budget, Window, WindowReader, collate, make_sample
+from train.dataset import Window, WindowReader, collate_windows
 from train.masking import Mask
 from train.model.modeling_brainloom import BrainloomForPreTraining
 from train.model.processing_brainloom import BrainloomProcessor
@@ -45,14 +45,7 @@ class Trained:
 
     def batch(self, windows: list[Window], masks: list[Mask]) -> dict[str, torch.Tensor]:
         """The model's arguments for windows under masks, in the smallest shape that holds them all."""
-        largest = [
-            max(len(window.sources.row) for window in windows),
-            max(1, *(int(mask.visible.sum()) for mask in masks)),
-            max(1, *(int(mask.asked.sum()) for mask in masks)),
-            max(1, *(len(window.pixels) * mask.frames for window, mask in zip(windows, masks, strict=True))),
-        ]
-        samples = [make_sample(window, mask, Budget(*largest)) for window, mask in zip(windows, masks, strict=True)]
-        batch = collate(samples)
+        batch = collate_windows(windows, masks)
         embeds = self.table.lookup(batch.pop("unit_rows")).detach()
         self.table.discard()
         return {"unit_embeds": embeds, **batch}

@@ -29,9 +29,9 @@ from train.build import HALVED, model_config
 from train.config import load
 from train.flops import Shape, fullest_shape, training_flops
 from train.model.modeling_brainloom import BrainloomForPreTraining
+from train.usage import gpu_peak_flops
 
 ROOT = Path(__file__).resolve().parents[2]
-DATA_SHEET = {"H100": 989e12, "H200": 989e12, "A100": 312e12}  # dense bf16, operations a second
 MATRIX = {"cuda": 8192, "cpu": 1024}
 REPEATS = 5
 
@@ -133,7 +133,7 @@ HEAD = ["preset", "windows", "ms a step", "TFLOP/s", "of the data sheet", "of a 
 def section(presets: list[str], device: str, compiled: bool, largest: int) -> str:
     """The text of the section."""
     name = torch.cuda.get_device_name() if device == "cuda" else "CPU"
-    sheet = next((peak for card, peak in DATA_SHEET.items() if card in name), None)
+    sheet = gpu_peak_flops(name)
     product = product_peak(device)
     rows = [row(preset, best(preset, device, compiled, largest), sheet, product) for preset in presets]
     how = "compiled, one graph" if compiled else "not compiled"

@@ -15,7 +15,6 @@ import google_crc32c
 import h5py
 import numpy as np
 import numpy.typing as npt
-from numcodecs import Zstd
 
 Array = npt.NDArray[Any]
 BIN_NS, BINS = 20_000_000, 5
@@ -50,15 +49,14 @@ class Writer:
         self._metadata(name, values, values.shape, [LITTLE])
         self.file(f"{name}/c/{'/'.join('0' * values.ndim)}", values.tobytes())
 
-    def sharded(self, name: str, values: Array, chunk: int, fill: Any, zstd: bool = False) -> None:
+    def sharded(self, name: str, values: Array, chunk: int, fill: Any) -> None:
         """Write an array in shards of about 32 MiB, each with the crc32c of its chunks beside it."""
-        inner = [LITTLE, {"name": "zstd", "configuration": {"level": 1, "checksum": False}}][: 1 + zstd]
         row_bytes = values[0].nbytes
         num_chunks = min(max(1, SHARD_BYTES // (row_bytes * chunk)), -(-len(values) // chunk))
         grid = (num_chunks * chunk, *values.shape[1:])
         sharding = {
             "chunk_shape": [chunk, *values.shape[1:]],
-            "codecs": inner,
+            "codecs": [LITTLE],
             "index_codecs": [LITTLE, {"name": "crc32c"}],
             "index_location": "end",
         }
@@ -69,8 +67,6 @@ class Writer:
             if short:
                 rows = np.concatenate([rows, np.full((short, *rows.shape[1:]), fill, rows.dtype)])
             parts: list[Any] = list(rows.reshape(-1, chunk * row_bytes // rows.itemsize).view(np.uint8))
-            if zstd:
-                parts = [Zstd(level=1).encode(part) for part in parts]
             sizes = np.array([len(part) for part in parts], "<u8")
             index = np.full((num_chunks, 2), 2**64 - 1, "<u8")
             index[: len(parts)] = np.stack([np.cumsum(sizes) - sizes, sizes], axis=1)
@@ -111,7 +107,7 @@ def write_spikes(units: h5py.Group, writer: Writer) -> None:
     token, place = np.divmod(bins - first * BINS, BINS)
     unit = np.repeat(np.arange(len(stops)), np.diff(stops, prepend=0))
     np.add.at(counts.reshape(-1), (token * len(stops) + unit) * BINS + place, 1)
-    writer.sharded("streams/spikes/values", counts, 20, 255, zstd=True)
+    writer.sharded("streams/spikes/values", counts, 20, 255)
     writer.whole("streams/spikes/start_ns", np.arange(first, last + 1) * BINS * BIN_NS)
 
 

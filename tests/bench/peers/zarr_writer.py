@@ -29,7 +29,7 @@ class ZarrWriter(limit.Writer):
         )
         array[...] = values
 
-    def sharded(self, name: str, values: limit.Array, chunk: int, fill: Any, zstd: bool = False) -> None:
+    def sharded(self, name: str, values: limit.Array, chunk: int, fill: Any) -> None:
         """The same shards and codecs as the limit's."""
         num_chunks = min(max(1, limit.SHARD_BYTES // (values[0].nbytes * chunk)), -(-len(values) // chunk))
         shape = (chunk * num_chunks, *values.shape[1:])
@@ -39,7 +39,7 @@ class ZarrWriter(limit.Writer):
             dtype=values.dtype,
             chunks=(chunk, *values.shape[1:]),
             shards=shape,
-            compressors=zarr.codecs.ZstdCodec(level=1) if zstd else None,
+            compressors=None,
             fill_value=fill,
         )
         for first in range(0, len(values), shape[0]):

@@ -1,0 +1,124 @@
+"""An all-reduce between every pair of hosts: `python -m train doctor-pairs`, one process on each host.
+
+In:  a `Task` as JSON on stdin. Out: a line of JSON for each pair in which this host comes first: how fast, or why not.
+In each round every host is in one pair at most, so that no pair disturbs another more than a run would.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import datetime
+import json
+import os
+import signal
+import sys
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch._C._distributed_c10d import PrefixStore, Store, TCPStore  # where they are: torch.distributed re-exports them
+
+from train.doctor_probe import MARK
+
+NUM_FLOATS = 4 * 2**20
+NUM_REPEATS = 3
+PAIR_S = 30.0  # one pair, with its rendezvous
+START_S = 60.0  # until all hosts are there
+
+
+@dataclass(frozen=True, kw_only=True)
+class Task:
+    """Which of the hosts this is, where they meet, and the interface that Gloo and NCCL take (\"\": as they like)."""
+
+    rank: int
+    names: list[str]
+    address: str
+    port: int
+    interface: str
+    use_gpu: bool
+
+
+def rounds(number: int) -> list[list[tuple[int, int]]]:
+    """Every pair of `number` hosts once, in rounds in which no host is twice (the circle of a tournament)."""
+    players = [*range(number), *([-1] * (number % 2))]
+    found = []
+    for _ in range(len(players) - 1):
+        pairs = [sorted((players[i], players[-1 - i])) for i in range(len(players) // 2)]
+        found.append([(a, b) for a, b in pairs if a >= 0])
+        players = [players[0], players[-1], *players[1:-1]]
+    return found
+
+
+def time_limit_s(number: int) -> float:
+    """How long the whole may take on `number` hosts."""
+    return START_S + PAIR_S * len(rounds(number))
+
+
+def _meet(task: Task) -> Store:
+    timeout = datetime.timedelta(seconds=START_S)
+    return TCPStore(task.address, task.port, is_master=task.rank == 0, timeout=timeout, wait_for_workers=False)
+
+
+def _gbit_s(task: Task, store: Store, pair: tuple[int, int]) -> float:
+    """Bytes of an all-reduce between the two, as each of them sends and receives them, in Gbit/s."""
+    dist.init_process_group(
+        "nccl" if task.use_gpu else "gloo",
+        store=PrefixStore(f"{pair[0]}-{pair[1]}", store),
+        rank=pair.index(task.rank),
+        world_size=2,
+        timeout=datetime.timedelta(seconds=PAIR_S / 2),
+    )
+    try:
+        values = torch.ones(NUM_FLOATS, device="cuda" if task.use_gpu else "cpu")
+        dist.all_reduce(values)
+        began_s = time.perf_counter()
+        for _ in range(NUM_REPEATS):
+            dist.all_reduce(values)
+        float(values[0])  # waits for the GPU
+        seconds = time.perf_counter() - began_s
+    finally:
+        dist.destroy_process_group()
+    return 8 * values.nbytes * NUM_REPEATS / seconds / 1e9
+
+
+def reduce_all(task: Task) -> list[dict[str, Any]]:
+    """Run this host's pairs; return those in which it comes first, and those that failed."""
+    store = _meet(task)
+    results = []
+    for pair in (pair for one in rounds(len(task.names)) for pair in one if task.rank in pair):
+        result: dict[str, Any] = {"pair": [task.names[index] for index in pair]}
+        try:
+            result["gbit_s"] = _gbit_s(task, store, pair)
+        except (RuntimeError, ValueError) as error:  # torch has no narrower ones for a lost peer
+            result["error"] = str(error).strip().splitlines()[0]
+        if task.rank == pair[0] or "error" in result:
+            results.append(result)
+    _leave(task, store)
+    return results
+
+
+def _leave(task: Task, store: Store) -> None:
+    """The first host keeps the store open until the others are done with it."""
+    with contextlib.suppress(RuntimeError):  # one that failed does not come
+        store.set(f"done-{task.rank}", "")
+        if task.rank == 0:
+            keys = [f"done-{rank}" for rank in range(len(task.names))]
+            store.wait(keys, datetime.timedelta(seconds=PAIR_S))
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    """It has no arguments: the task comes on stdin."""
+
+
+def main(args: argparse.Namespace) -> int:
+    """Run the pairs of this host."""
+    task = Task(**json.loads(sys.stdin.read()))
+    signal.alarm(int(time_limit_s(len(task.names))))  # whatever happens, this process ends
+    if task.interface:
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", task.interface)
+        os.environ.setdefault("NCCL_SOCKET_IFNAME", task.interface)
+    print(f"{MARK}{json.dumps(reduce_all(task))}", flush=True)
+    return 0
