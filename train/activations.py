@@ -127,6 +127,11 @@ def arguments(config: BrainloomConfig, shape: Shape) -> dict[str, Tensor]:
     return made
 
 
+def _halved(inputs: dict[str, Tensor], precision: str) -> dict[str, Tensor]:
+    """As the engine does it."""
+    return {name: x.to(DTYPES[precision]) if name in HALVED else x for name, x in inputs.items()}
+
+
 def trace(
     config: BrainloomConfig, shape: Shape, precision: str, checkpointing: bool = False, on_cuda: bool = True
 ) -> Passes:
@@ -136,13 +141,12 @@ def trace(
         if on_cuda:
             _as_on_cuda(model)
         if checkpointing:
-            model.gradient_checkpointing_enable({"use_reentrant": False})
+            model.activation_checkpointing_enable({"use_reentrant": False})
         inputs = arguments(config, shape)
         for parameter in model.parameters():
             parameter.register_post_accumulate_grad_hook(_hand_over)
         with LiveBytes([*model.parameters(), *inputs.values()]) as live:
-            halved = {name: x.to(DTYPES[precision]) if name in HALVED else x for name, x in inputs.items()}
-            output = model(**halved, context_s=shape.context_s)
+            output = model(**_halved(inputs, precision), context_s=shape.context_s)
             kept = live.now
             output.loss.backward()
         rows = inputs.pop("unit_embeds")

@@ -223,9 +223,9 @@ def _optimizer(job: Job) -> Iterator[Part]:
         yield _always("gradients in fp32", place, FP32 * job.own)
     else:
         yield _always("buffers of the disk", place, SWAP_BUFFERS * group)
-    # The root of the second moment, and on a CPU its quotient too, where CUDA's divides in place.
-    temporaries = 1 if job.on_cuda and place == "device" else 2
-    yield Part(name="temporaries of Adam", place=place, step=temporaries * group)
+    # The root of the second moment, and on a CPU its quotient too, where CUDA's divides in place; fused Adam has none.
+    temporaries = 1 if job.on_cuda else 2
+    yield Part(name="temporaries of Adam", place=place, step=temporaries * group * (offload == "none"))
 
 
 def _activations(passes: Passes) -> Iterator[Part]:

@@ -9,11 +9,13 @@ GPUs' network cards.
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Literal
 
+from prep.settings import ConfigError
 from train.activations import Passes
 from train.memory import FP32, INT64, NUM_MOMENTS, Job
+from train.usage import PEAKS
 
 Group = Literal["all", "node", "pairs", "host", "disk"]
 GB = 1e9
@@ -32,12 +34,18 @@ class Machine:
     slack: float = 0.05  # of what is allocated: what the allocator cannot use, in pieces
     host_memory_gib: float = 2048.0  # of a node
     process_gib: float = 3.0  # of a rank's process in the host's memory, beside what is counted
-    peak_tflops: float = 989.0
+    peak_tflops: float = PEAKS["H100"] / 1e12
     mfu: float = 0.4
     bandwidth_intra: float = 360.0  # GB/s of a GPU to the others of its node
     bandwidth_inter: float = 40.0  # GB/s of a GPU's network card
     bandwidth_host: float = 50.0  # GB/s of a GPU to the host
     bandwidth_disk: float = 3.0  # GB/s of a GPU's share of the NVMe disks
+
+    def __post_init__(self) -> None:
+        may_be_zero = ("reserved_gib", "slack", "process_gib")
+        for name, value in asdict(self).items():
+            if value < 0 or (value == 0 and name not in may_be_zero):
+                raise ConfigError(f"{name} = {value} must be more than 0.")
 
 
 FP32_TFLOPS = 67.0  # of an H100, without TF32
