@@ -20,7 +20,7 @@ VERBATIM := NODES SLOTS HOSTFILE STORE OUT RUN
 $(foreach name,$(VERBATIM),$(eval override export $(name) := $$(value $(name))))
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-all bench bench-science bench-gpu check lint prep inspect verify report hostfile doctor dry-run train eval audit export adapt push campaign
+.PHONY: help install demo test test-all bench bench-science bench-gpu check lint prep inspect verify report hostfile doctor dry-run train train-report eval audit export adapt push campaign
 
 help:  ## print this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-13s %s\n", $$1, $$2}'
@@ -87,6 +87,9 @@ dry-run: .venv/installed  ## RUN=train/configs/1b.yaml [NODES=8 SLOTS=8 | HOSTFI
 
 train: .venv/installed  ## RUN=train/configs/x.yaml STORE=store OUT=runs/x [HOSTFILE=hostfiles/cluster]: train, or resume
 	$(PY) -m train train --config $(RUN) --store $(STORE) --out $(or $(OUT),runs/$(basename $(notdir $(RUN)))) --hostfile $(HOSTFILE) $(ARGS)
+
+train-report: .venv/installed  ## RUN_DIR=runs/x: curves, scores and pictures of a run -> RUN_DIR/report.html
+	$(PY) -m train report $(RUN_DIR) $(ARGS)
 
 eval: .venv/installed  ## RUN_DIR=runs/x: held-out deviance explained per modality and task
 	$(PY) -m train eval $(RUN_DIR) $(ARGS)

@@ -33,6 +33,7 @@ TRAIN = [
     "rich",
     "tensorboard",
     "matplotlib",
+    "jinja2",
     "google-crc32c",
     "numcodecs",
 ]
@@ -61,7 +62,7 @@ setup(
     packages=["prep", "prep.nwb", "train", "train.model"],
     package_data={
         "prep": ["FORMAT.md", "report.html", "recipes/*.yaml", "clusters/*.yaml"],
-        "train": ["configs/*.yaml"],
+        "train": ["report.html", "configs/*.yaml"],
     },
     install_requires=sorted(set(PREP + TRAIN)),
     extras_require={"prep": PREP, "train": TRAIN, "cluster": CLUSTER, "dev": DEV},

@@ -152,6 +152,7 @@ def _network(made: Hosts) -> Iterator[None]:
             etc = Path("/etc/netns") / space
             (etc / "ssh").mkdir(parents=True)
             (etc / "hosts").write_text(f"127.0.0.1 localhost\n{known}")
+            (etc / "resolv.conf").write_text("nameserver 127.0.0.1\n")  # nobody listens: unknown names fail at once
             (etc / "ssh" / "ssh_config").write_text(SSH_CONFIG.format(folder=made.folder))
             (etc / "ssh" / "sshd_config").write_text(SSHD_CONFIG.format(folder=made.folder))
             _ip("netns", "add", space)
@@ -162,7 +163,9 @@ def _network(made: Hosts) -> Iterator[None]:
             _ip("-n", space, "link", "set", "lo", "up")
         yield
     finally:
-        for name in everyone:
+        for number, name in enumerate(everyone):
+            # First the cable: the kernel takes a namespace apart when it has the time.
+            subprocess.run(["ip", "link", "delete", f"{made.tag}v{number}"], capture_output=True, check=False)
             subprocess.run(["ip", "netns", "delete", made.space(name)], capture_output=True, check=False)
             shutil.rmtree(Path("/etc/netns") / made.space(name), ignore_errors=True)
         subprocess.run(["ip", "link", "delete", made.tag], capture_output=True, check=False)

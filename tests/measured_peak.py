@@ -1,8 +1,8 @@
 """The peak memory of a rank of a training run: `python tests/measured_peak.py RUN_DIR WARM_DIR`, by the launcher.
 
 In: two run folders, of the run that is measured, and of a tiny one that is trained before. Out: bytes above what the
-process had after the tiny run, in RUN_DIR/peak-RANK.json: only then is everything imported, since DeepSpeed and torch go on importing,
-compile and start threads until the first steps are done.
+process had after the tiny run, in RUN_DIR/peak-RANK.json: only then is everything imported, since DeepSpeed and torch
+go on importing, compile and start threads until the first steps are done.
 
 On a CPU: the most that was resident, of the kernel's own count. Freed blocks go back to the kernel at once
 (`ALLOCATOR`, set by who starts this): else the C library keeps what it likes of them.

@@ -3,9 +3,11 @@
 In: hand-built arrays. Out: stores in temporary folders.
 """
 
+import itertools
 import json
 import math
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -303,3 +305,23 @@ def test_a_shard_that_no_manifest_lists_is_not_read(store: Path) -> None:
 def test_a_session_that_is_not_there_is_named(index: int, store: Path) -> None:
     with pytest.raises(StoreError, match=f"{store} has 2 sessions; there is no session {index}."):
         Store(store).session(index)
+
+
+CLOCKS = {
+    "regular": 12_000_000 * 10**9 + np.arange(50) * 33_333_333,
+    "late by one": np.append(np.arange(49) * 100, 4_901),
+    "with a gap": np.append(np.arange(20) * 100, 5_000 + np.arange(20) * 100),
+    "standing still": np.full(7, 300),
+    "of one token": np.array([300]),
+    "empty": np.zeros(0, np.int64),
+}
+
+
+@pytest.mark.parametrize("clock", CLOCKS)
+def test_tokens_are_found_as_by_a_search_on_any_clock(clock: str) -> None:
+    start_ns = CLOCKS[clock].astype(np.int64)
+    golden = Store(Path(__file__).parent / "golden" / "store").session(0)
+    stream = replace(golden.stream("spikes"), start_ns=start_ns)
+    marks = np.unique(start_ns[:, None] + [-(10**10), -1, 0, 1, 10**10]).tolist() or [-1, 0, 1]
+    for first, last in itertools.combinations_with_replacement(marks, 2):
+        assert stream.tokens(first, last) == slice(*np.searchsorted(start_ns, (first, last)).tolist())

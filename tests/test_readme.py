@@ -41,4 +41,4 @@ def test_the_commands_by_hand_run_as_they_stand(tmp_path: Path) -> None:
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment)
         assert done.returncode == 0, f"{line}\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
     assert (tour / "hub" / "model.safetensors").exists()
-    assert (tour / "run" / "evaluation.json").exists()
+    assert (tour / "run" / "evaluation.json").exists() and (tour / "run" / "report.html").exists()

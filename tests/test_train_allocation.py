@@ -198,6 +198,15 @@ def test_the_command_ends_with_2_and_the_message(
     assert not (tmp_path / "x").exists()
 
 
+def test_slurm_need_not_tell_the_name_service_of_its_nodes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in {**TWO, "SLURM_JOB_NODELIST": "unknown[1-2]", "SLURM_GPUS_ON_NODE": "8"}.items():
+        monkeypatch.setenv(name, value)
+    assert _main("--out", str(tmp_path / "x")) == 0
+    assert len(hostfile.read_for_run(tmp_path / "x", os.environ)) == 2
+    with pytest.raises(HostfileError, match=r"line 5: found 'unknown1', which neither"):
+        hostfile.read_for_run(tmp_path / "x", {})
+
+
 def test_the_job_is_written_down_and_another_job_refuses_the_file(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -14,6 +14,7 @@ from train_builders import ROOT, handmade_checkpoint, moved_trained, tiny_run, t
 
 from train import checkpoint
 from train.checkpoint import CheckpointError, full_state, newest, open_checkpoint, prune, seal
+from train.saving import clear_unsealed
 from train.trained import Trained
 
 FILES = (
@@ -115,12 +116,21 @@ def test_an_unknown_format_is_refused(trained: Trained, tmp_path: Path, monkeypa
         open_checkpoint(folder)
 
 
-def test_old_checkpoints_and_leftovers_are_removed(sealed: Path, tmp_path: Path) -> None:
-    for step in (1, 2, 3):
+def test_old_checkpoints_are_removed_but_for_some_that_are_kept_for_ever(sealed: Path, tmp_path: Path) -> None:
+    for step in range(10, 80, 10):
         shutil.copytree(sealed, tmp_path / f"step-{step:08d}")
-    (tmp_path / ".step-00000004.partial").mkdir()
+    (tmp_path / ".step-00000080.partial").mkdir()  # being written at this moment
+    prune(tmp_path, keep=3, keep_every=20)
+    kept = [20, 40, 50, 60, 70]
+    assert sorted(path.name for path in tmp_path.glob("step-*")) == [f"step-{step:08d}" for step in kept]
     prune(tmp_path, keep=2)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["step-00000002", "step-00000003"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        ".step-00000080.partial",
+        "step-00000060",
+        "step-00000070",
+    ]
+    clear_unsealed(tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["step-00000060", "step-00000070"]
 
 
 def test_a_manifest_is_written_last_and_lists_every_file(tmp_path: Path, trained: Trained) -> None:

@@ -64,6 +64,22 @@ def test_an_override_wins_over_the_file(tmp_path: Path) -> None:
         ("train:\n  families: [decoding@0.25]\n", [], "train.families[0] = 0.25 must be a positive multiple of 0.1 s"),
         ("train:\n  families: [decoding@long]\n", [], "train.families[0] = long must be a positive multiple of 0.1 s"),
         ("train:\n  families: []\n", [], "train.families is empty. Give at least one of"),
+        (
+            "train:\n  context_schedule: [{from_step: 9, context_s: 1}, {from_step: 9, context_s: 2}]\n",
+            [],
+            "train.context_schedule has from_step [9, 9]; expected each to be more than the one before.",
+        ),
+        (
+            "train:\n  context_schedule: [{from_step: 9, context_s: 0.25}]\n",
+            [],
+            "train.context_schedule[0].context_s = 0.25 must be a positive multiple of 0.1 s (one token).",
+        ),
+        (
+            "train:\n  context_schedule: [{from_step: 0, context_s: 1}]\n",
+            [],
+            "train.context_schedule[0].from_step = 0 must be more than 0.",
+        ),
+        ("data:\n  bad_windows: ignore\n", [], "data.bad_windows = 'ignore' is text; expected one of stop, skip."),
         ("train:\n  num_steps: 0\n", [], "train.num_steps = 0 must be more than 0."),
         ("train:\n  micro_batch_size: 0\n", [], "train.micro_batch_size = 0 must be more than 0."),
         ("data:\n  stride_s: -1\n", [], "data.stride_s = -1.0 must be more than 0."),
@@ -102,6 +118,21 @@ def test_a_mistake_is_named_with_its_key_and_its_remedy(
     with pytest.raises(ConfigError) as error:
         load(written(tmp_path, text), overrides)
     assert message in str(error.value)
+
+
+def test_weights_and_a_curriculum_are_read_back_as_they_were_saved(tmp_path: Path) -> None:
+    text = """
+        data: {weights: {datasets: {000140: 2}, sessions: {000140/s1: 0.5}, modalities: {traces: 0}}}
+        train: {context_schedule: [{from_step: 10, context_s: 2}, {from_step: 20, context_s: 4}]}
+    """
+    run = load(written(tmp_path, text))
+    assert run.data.weights == config.Weights(
+        datasets={"000140": 2.0}, sessions={"000140/s1": 0.5}, modalities={"traces": 0.0}
+    )
+    assert [run.turn(step).context_s for step in (0, 9, 10, 19, 20)] == [1.0, 1.0, 2.0, 2.0, 4.0]
+    assert len(run.turns) == 3 * len(run.train.families)
+    run.save(tmp_path / "saved.yaml")
+    assert load(tmp_path / "saved.yaml") == run
 
 
 def test_a_message_names_the_file(tmp_path: Path) -> None:

@@ -51,7 +51,7 @@ def test_the_largest_preset_on_the_target_machine(capsys: pytest.CaptureFixture[
     for expected in (
         r"trunk +974,948,992 ",
         r"unit table +256,000,000 +\(1,000,000 rows of 256\)",
-        r"master weights +GPU +0\.067 +0\.067 +0\.067 +0\.067",
+        r"master weights +GPU +0\.067 +0\.067 +0\.067",
         r"activations kept +GPU +3\d\.\d{3} *\n",
         r"a GPU at the worst moment, with 5% of slack +[56]\d\.\d{3}",
         r"gradients, scattered +2\.31 +2 ",

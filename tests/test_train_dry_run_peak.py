@@ -97,7 +97,7 @@ def test_the_estimate_is_within_a_tenth_of_the_measured_peak(
         pytest.skip("needs a GPU for each rank")
     for name, value in ALLOCATOR.items():
         monkeypatch.setenv(name, value)
-    of_all = ["train.precision=fp32", "data.num_workers=0", "faults.watchdog_s=600"]
+    of_all = ["checkpoint_every=2", "train.precision=fp32", "data.num_workers=0", "faults.watchdog_s=600"]
     mechanics = f"ds_config={ROOT}/ds_configs/zero3.json"
     run = load(ROOT / "train" / "configs" / f"{preset}.yaml", [*overrides, *of_all, mechanics])
     assert estimated(run, store, ranks) == pytest.approx(measured(run, store, tmp_path, ranks), rel=0.1)

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from store_builders import target, write_plan
 from torch import Tensor
-from train_builders import tiny_run, tiny_session
+from train_builders import prepare_run, tiny_run, tiny_session, train_ranks
 
 from prep import catalog
 from prep.settings import ConfigError
@@ -158,3 +158,20 @@ def values(samples: TrainingSamples, first_step: int, rank: int = 0, world_size:
     """What one rank sees, micro-batch by micro-batch."""
     feed = batches(samples, first_step, rank, world_size)
     return [batch["input_values"].nan_to_num(99) for batch in feed]
+
+
+@pytest.mark.slow
+def test_ranks_go_on_with_the_sessions_that_were_added(tmp_path: Path) -> None:
+    run = replace(tiny_run(num_steps=3), checkpoint_every=3, keep_checkpoints=5)
+    store = store_of(tmp_path / "store", "ma", "mice")
+    out = prepare_run(tmp_path / "run", store, run)
+    assert train_ranks(out) == 0
+    store_of(store, "ant")
+    longer = replace(run, train=replace(run.train, num_steps=6))
+    prepare_run(out, store, longer)
+    assert train_ranks(out, slots=1) == 0
+    eras = [
+        json.loads((out / "checkpoints" / f"step-{step:08d}" / "state.json").read_text())["eras"] for step in (3, 6)
+    ]
+    assert [[era["first_position"] for era in found] for found in eras] == [[0], [0, 12]]
+    assert eras[1][0] == eras[0][0] and list(eras[1][1]["sessions"]) == ["d1/ant"]

@@ -366,6 +366,12 @@ def test_what_cannot_go_through_pdsh_is_refused() -> None:
         launch.forwarded_environment({"HF_HOME": "$(id)"})
 
 
+def test_keys_stay_here_and_what_names_a_project_goes_along() -> None:
+    env = {**ENV, "WANDB_PROJECT": "loom", "WANDB_API_KEY": "secret", "AWS_SECRET_ACCESS_KEY": "secret"}
+    lines = launch.forwarded_environment(env)
+    assert "WANDB_PROJECT=loom" in lines and "secret" not in "".join(lines)
+
+
 def test_the_users_own_deepspeed_env_loses_what_would_crash_the_runner(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

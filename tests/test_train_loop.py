@@ -29,25 +29,27 @@ from train.build import build_model, model_config
 from train.checkpoint import CheckpointError
 from train.config import FAMILIES, ModelConfig, RunConfig
 from train.dataset import collate
-from train.engine import lr_factor, make_optimizer
+from train.engine import make_optimizer
 from train.exit_codes import STOPPED
 from train.loader import TrainingSamples, batches
 from train.metrics import read_metrics
 from train.sampler import mix
+from train.schedule import lr_factor
 from train.trained import load_trained
 from train.unit_table import UnitTable
 
-NUM_STEPS = 10
+NUM_STEPS = 20
 
 # A rank that dies in the middle of its second save, the first after which there is something to lose.
 KILLED_WHILE_SAVING = """
-import os, signal, sys
+import contextlib, os, signal, sys
 from pathlib import Path
 from train import checkpoint, loop
 seal = checkpoint.seal
 def seal_or_die(folder, step, known):
-    if step == 10:
-        os.killpg(int(Path(sys.argv[2], "rank-1").read_text()), signal.SIGKILL)
+    if step == 20:
+        with contextlib.suppress(ProcessLookupError):  # it has written its part, and may have ended
+            os.killpg(int(Path(sys.argv[2], "rank-1").read_text()), signal.SIGKILL)
         os.kill(os.getpid(), signal.SIGKILL)
     seal(folder, step, known)
 checkpoint.seal = seal_or_die
@@ -90,13 +92,14 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> RunConfig:
     tiny = tiny_run(num_steps=NUM_STEPS, average_steps=6, families=(*FAMILIES, "forecasting+decoding@0.5"))
+    tiny = replace(tiny, checkpoint_every=10)
     dropping = replace(tiny, model=ModelConfig(overrides={**tiny.model.overrides, "hidden_dropout": 0.2}))
     return with_small_threshold(dropping, tmp_path_factory.mktemp("ds"))
 
 
 @pytest.fixture(scope="module")
 def two_ranks(tmp_path_factory: pytest.TempPathFactory, store: Path, run: RunConfig) -> Path:
-    """Ten steps on two ranks that nothing disturbed."""
+    """Twenty steps on two ranks that nothing disturbed."""
     out = prepare_run(tmp_path_factory.mktemp("two"), store, run)
     assert train_ranks(out) == 0
     return out
@@ -104,7 +107,7 @@ def two_ranks(tmp_path_factory: pytest.TempPathFactory, store: Path, run: RunCon
 
 @pytest.fixture(scope="module")
 def killed(tmp_path_factory: pytest.TempPathFactory, store: Path, run: RunConfig) -> Path:
-    """Ten steps on two ranks, killed -9 during the second save."""
+    """Twenty steps on two ranks, killed -9 during the second save."""
     out = prepare_run(tmp_path_factory.mktemp("killed"), store, run)
     command = [sys.executable, "-c", KILLED_WHILE_SAVING, "worker", str(out)]
     assert train_ranks(out, command=command) == 128 + signal.SIGKILL
@@ -213,7 +216,7 @@ def test_a_run_writes_down_what_it_was(two_ranks: Path, run: RunConfig, store: P
     assert all(row["tokens_per_s"] > 0 and 0 <= row["data_wait_share"] <= 1 for row in rows)
     found, _ = checkpoint.newest(two_ranks / "checkpoints")
     assert found is not None and found.state()["position"] == NUM_STEPS * run.train.global_batch_size
-    assert {p.name for p in (two_ranks / "checkpoints").iterdir()} == {"step-00000005", "step-00000010"}
+    assert {p.name for p in (two_ranks / "checkpoints").iterdir()} == {"step-00000010", "step-00000020"}
 
 
 def test_no_file_of_a_run_is_a_pickle(two_ranks: Path) -> None:
@@ -222,10 +225,8 @@ def test_no_file_of_a_run_is_a_pickle(two_ranks: Path) -> None:
         begin = path.read_bytes()[:4]
         assert begin[:1] != b"\x80" and begin != b"PK\x03\x04", f"{path} is a pickle, or a zip that holds one"
         kinds.add(path.suffix)
-    assert {path.suffix for path in (two_ranks / "checkpoints").rglob("*") if path.is_file()} == {
-        ".safetensors",
-        ".json",
-    }
+    written = [path for path in (two_ranks / "checkpoints").rglob("*") if path.is_file()]
+    assert {path.suffix for path in written} == {".safetensors", ".json"}
     assert {".yaml", ".jsonl", ".log"} <= kinds
 
 
@@ -256,12 +257,12 @@ def test_a_rank_without_behaviour_or_stimulus_does_not_hang_the_other(store: Pat
 
 def test_kill_9_during_a_save_leaves_the_sealed_checkpoint_before(killed: Path) -> None:
     folders = {path.name for path in (killed / "checkpoints").iterdir()}
-    assert folders == {"step-00000005", ".step-00000010.partial"}
+    assert folders == {"step-00000010", ".step-00000020.partial"}
     found, passed_over = checkpoint.newest(killed / "checkpoints")
-    assert found is not None and found.step == 5 and not passed_over
+    assert found is not None and found.step == 10 and not passed_over
 
 
-def test_five_steps_and_a_resume_and_five_are_ten_to_the_last_bit(
+def test_ten_steps_and_kill_9_and_a_resume_and_ten_are_twenty_to_the_last_bit(
     killed: Path, two_ranks: Path, tmp_path: Path
 ) -> None:
     out = shutil.copytree(killed, tmp_path / "resumed", ignore=shutil.ignore_patterns("tensorboard"))
@@ -290,9 +291,10 @@ def test_a_signal_to_the_launcher_saves_and_the_run_goes_on_identically(
     assert losses(out) == losses(two_ranks)
 
 
-def test_resume_must_without_a_checkpoint_is_an_error(tmp_path: Path) -> None:
+def test_resume_must_without_a_checkpoint_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(checkpoint, "newest_of_all_ranks", checkpoint.newest)
     with pytest.raises(CheckpointError, match=r"has no sealed checkpoint, and --resume must was given. Check OUT"):
-        loop._resume(None, tmp_path, "must")
+        loop._resume(None, tmp_path, "must", None)
 
 
 def test_a_run_that_is_there_does_not_become_another_model(two_ranks: Path, store: Path, run: RunConfig) -> None:

@@ -86,7 +86,7 @@ def test_an_average_of_the_weights_is_a_copy_more_of_the_core_and_of_the_table()
     train = OptimConfig(precision="bf16", global_batch_size=1024, micro_batch_size=1, average_steps=10)
     without, with_it = by_name(a_job(stage=3)), by_name(a_job(stage=3, train=train))
     assert with_it["average of the weights"].step == with_it["master weights"].step
-    assert with_it["copy for the checkpoint"].save == pytest.approx(without["copy for the checkpoint"].save * 4 / 3)
+    assert with_it["copy for checkpoints"].step == pytest.approx(without["copy for checkpoints"].step * 4 / 3)
     assert "average of the weights" not in without
 
 
@@ -126,9 +126,9 @@ def test_a_gpu_gives_the_whole_bucket_and_a_cpu_what_is_written() -> None:
 
 def test_the_worst_moment_counts() -> None:
     found = [Part(name="a", place="device", passes=3, step=1), Part(name="b", place="device", step=4)]
-    found.append(Part(name="c", place="host", save=7))
+    found.append(Part(name="c", place="host", reduction=7))
     assert (most(found, "device"), most(found, "host"), most(found, "device", "host")) == (5, 7, 7)
-    assert MOMENTS == ("passes", "reduction", "step", "save")
+    assert MOMENTS == ("passes", "reduction", "step")
 
 
 def test_the_largest_preset_under_the_mechanics_of_the_repository() -> None:

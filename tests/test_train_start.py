@@ -11,7 +11,7 @@ from train_builders import handmade_run, tiny_run, tiny_store
 
 from prep.settings import ConfigError
 from prep.store import Store
-from train import start
+from train import config, start
 from train.__main__ import main
 
 
@@ -53,6 +53,14 @@ def test_a_batch_that_the_ranks_cannot_share_is_refused_before_the_launch(
     assert not (tmp_path / "run").exists()
 
 
+def test_weights_of_what_the_store_does_not_have_are_refused_before_the_launch(
+    store: Path, tmp_path: Path, hosts: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(command(store, tmp_path / "run", hosts, "data.weights.datasets={d2: 3}")) == 2
+    assert "data.weights.datasets: the store has no 'd2'. It has d1." in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_dry_run_prints_what_would_run_and_writes_nothing(
     store: Path, tmp_path: Path, hosts: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -67,9 +75,12 @@ def test_a_run_does_not_become_another_model_or_start_afresh_among_old_checkpoin
     handmade_run(out, store, run)
     with pytest.raises(ConfigError, match="holds a run of another model"):
         start.prepare(start.config.RunConfig(), Store(store), out)
-    for change in ({"global_batch_size": 8}, {"families": ("encoding",)}):
+    stages = (config.ContextFrom(from_step=5, context_s=2.0),)
+    for change in ({"global_batch_size": 8}, {"families": ("encoding",)}, {"context_schedule": stages}):
         with pytest.raises(ConfigError, match="has trained on data in another order"):
             start.prepare(replace(run, train=replace(run.train, **change)), Store(store), out)
-    start.prepare(replace(run, data=replace(run.data, num_workers=2)), Store(store), out)
+    weights = config.Weights(sessions={"d1/new": 2.0})  # those of old sessions are kept by the eras of a checkpoint
+    data = replace(run.data, num_workers=2, bad_windows="skip", weights=weights)
+    start.prepare(replace(run, data=data), Store(store), out)
     with pytest.raises(ConfigError, match="--resume never would mix two runs"):
         start.prepare(run, Store(store), out, "never")

@@ -43,13 +43,14 @@ def move(table: UnitTable, rows: list[int], step: int) -> None:
 
 
 def save(table: UnitTable, root: Path, step: int) -> Path:
-    """A checkpoint that holds nothing but the table, written as checkpoint.save does."""
+    """A checkpoint that holds nothing but the table, written as saving.Saver does."""
     folder = root / f"step-{step:08d}"
     folder.mkdir()
     full_step = table_files.full_save(table)
     save_file(table_files.moved_rows(table, full_step), folder / table_files.file_name(step, 0))
-    seal(folder, step, table_files.link_full_save(table, full_step, folder))
-    table.saved_in = folder
+    source = table.saved_in and table.saved_in[0]
+    seal(folder, step, table_files.link_full_save(source, full_step, folder))
+    table.saved_in = folder, step
     return folder
 
 
@@ -137,7 +138,7 @@ def test_a_resumed_table_goes_on_from_the_full_save_of_its_checkpoint(trained: U
     move(trained, [3], 9)
     folder, resumed = save(trained, tmp_path, 9), table_of()
     read(folder, resumed)
-    resumed.saved_in = folder
+    resumed.saved_in = folder, 9
     for table, root in ((trained, tmp_path / "a"), (resumed, tmp_path / "b")):
         root.mkdir()
         move(table, [4], 10)
@@ -152,6 +153,13 @@ def test_a_run_that_starts_anew_does_not_build_on_what_lies_there(trained: UnitT
     move(anew, [1], 1)
     folder = save(anew, tmp_path, 9)
     assert len(names(folder)) == 1 and torch.equal(read(folder, table_of())["weight"], anew.weight)
+
+
+def test_a_run_that_counts_its_steps_anew_saves_all(trained: UnitTable, tmp_path: Path) -> None:
+    save(trained, tmp_path, 8)
+    move(trained, [1], 1)
+    folder = save(trained, tmp_path, 9)
+    assert len(names(folder)) == 1 and torch.equal(read(folder, table_of())["weight"], trained.weight)
 
 
 def test_a_checkpoint_is_whole_when_the_full_save_it_builds_on_is_gone(trained: UnitTable, tmp_path: Path) -> None:
@@ -212,7 +220,7 @@ def test_the_checkpoints_that_are_kept_do_not_all_share_one_file(trained: UnitTa
 def test_rows_begin_their_average_where_the_run_begins_to_keep_one(trained: UnitTable, tmp_path: Path) -> None:
     folder, averaging = save(trained, tmp_path, 8), table_of(averages=True)
     assert torch.equal(read(folder, averaging)["average"], trained.weight)
-    averaging.saved_in = folder
+    averaging.saved_in = folder, 8
     move(averaging, [3], 9)
     state, keys = table_files.merged(save(averaging, tmp_path, 9))
     assert torch.equal(state["average"], averaging.state()["average"][[KEYS.index(key) for key in keys]])

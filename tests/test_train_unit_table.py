@@ -5,11 +5,14 @@ In: rows of made-up batches. Out: the same numbers as a dense embedding under to
 
 import hashlib
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from train.unit_table import BETAS, EPS, UnitTable, initial_rows, owner_of
 
@@ -119,13 +122,17 @@ def test_what_is_looked_up_without_gradients_is_not_kept() -> None:
     table.grow(["d/t/0"])  # no step is under way
 
 
-def test_a_discarded_step_leaves_no_gradient() -> None:
+@pytest.mark.parametrize("begin_another", [False, True])
+def test_a_step_that_is_skipped_leaves_no_gradient(begin_another: bool) -> None:
     table = UnitTable(KEYS, 4, CPU)
     before = table.weight.clone()
     table.fetch(torch.tensor([[1]]))
     table.lookup(torch.tensor([[1]])).sum().backward()
     table.exchange()
-    table.discard()
+    if begin_another:
+        table.fetch(torch.tensor([[2]]))
+    else:
+        table.discard()
     assert torch.equal(table.lookup(torch.tensor([[2]]))[0], before[2:3]), "what was fetched is forgotten as well"
     table.step(0.1)
     assert torch.equal(table.weight, before)
@@ -158,6 +165,30 @@ def test_rows_are_those_that_a_generator_for_each_key_draws() -> None:
 def test_the_owner_of_a_key_never_changes() -> None:
     """Frozen: another hash would send every row of every running job elsewhere."""
     assert [owner_of(key, 64) for key in ("d/s/0", "d/s/1", "dataset/session/unit")] == [45, 47, 2]
+
+
+class Largest(TorchDispatchMode):
+    """The number of elements of the largest tensor that is made while it is active."""
+
+    def __init__(self, but: list[Tensor]) -> None:
+        super().__init__()
+        self.but, self.num_elements = {tensor.data_ptr() for tensor in but}, 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        made = [leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor) and leaf.data_ptr() not in self.but]
+        self.num_elements = max([self.num_elements, *(tensor.numel() for tensor in made)])
+        return result
+
+
+def test_the_cost_of_a_step_does_not_grow_with_the_table() -> None:
+    table = UnitTable([f"d/s/{i}" for i in range(1000)], 4, CPU, averages=True)
+    rows = torch.tensor([[3, 999, -1], [500, 3, 8]])
+    with Largest([*table.state().values(), table.place]) as largest:
+        table.fetch(rows)
+        table.lookup(rows).sum().backward()
+        table.step(0.1)
+    assert 0 < largest.num_elements <= rows.numel() * 4
 
 
 @pytest.mark.parametrize("averages", [False, True])

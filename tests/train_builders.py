@@ -250,6 +250,24 @@ def train_ranks(run_dir: Path, *arguments: str, slots: int = 2, command: Sequenc
     return launch([Host("localhost", slots)], [*worker, *arguments], run_dir / "logs", rank_environment())
 
 
+SEVERAL_RUNS = """
+import sys, warnings
+from pathlib import Path
+import deepspeed
+from train import loop
+warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
+deepspeed.init_distributed("gloo", verbose=False)
+for run_dir in sys.argv[2:]:
+    assert loop.train(Path(run_dir)) == 0
+"""
+
+
+def train_several(run_dirs: Sequence[Path], slots: int = 2) -> int:
+    """Train one run after the other on the same ranks: to start them takes longer than the few steps of a tiny run."""
+    command = [sys.executable, "-c", SEVERAL_RUNS, "worker", *map(str, run_dirs)]
+    return train_ranks(run_dirs[0], command=command, slots=slots)
+
+
 def rank_environment() -> dict[str, str]:
     """One thread a rank: sums in the same order on every machine."""
     return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}

@@ -1,4 +1,4 @@
-"""The command line of train: `python -m train train | eval | audit | export | adapt | push | hostfile | doctor`.
+"""The command line of train: `python -m train train | watch | report | eval | audit | export | …`.
 
 In: arguments. Out: exit code 0 done, 1 something failed (named), 2 usage or configuration.
 """
@@ -12,6 +12,8 @@ COMMANDS = {  # command: (module, what it does)
     "train": ("train.start", "train a model on a store, on the hosts of a hostfile; resumes by itself"),
     "eval": ("train.evaluate", "held-out deviance explained, per modality and task"),
     "audit": ("train.audit", "show that nothing a task hides reaches the model"),
+    "watch": ("train.watch", "a run as it goes on, in a terminal"),
+    "report": ("train.report", "curves, scores and pictures of a run, as one HTML file"),
     "export": ("train.export", "turn the newest checkpoint into a hub folder"),
     "adapt": ("train.adapt", "give a hub folder identities for the units of another store; nothing of it is trained"),
     "push": ("train.push", "upload a hub folder to a model hub"),

@@ -19,8 +19,8 @@ from prep.settings import ConfigError
 from prep.store import Store
 from train import export
 from train.config import OptimConfig
-from train.engine import lr_factor
 from train.loader import TrainingSamples, batches
+from train.schedule import lr_factor
 from train.support import infer_rows
 from train.trained import ADAPTED, Known, Trained, open_hub
 

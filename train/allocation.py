@@ -241,7 +241,8 @@ def main(args: argparse.Namespace) -> int:
     try:
         found = discover({**os.environ, **given})
         hosts = select(found.hosts, args.include, args.exclude)
-        hostfile.write(args.out, hosts, found.origin, found.job, known=True)
+        known = not found.job.startswith("SLURM")  # SLURM knows the way to its nodes
+        hostfile.write(args.out, hosts, found.origin, found.job, known)
     except (HostfileError, OSError) as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
         return 2

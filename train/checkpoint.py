@@ -1,33 +1,35 @@
 """Checkpoints: fragments by name and offset, unit rows by key, sealed by a manifest; no pickle.
 
-In: an engine at a step. Out: <run>/checkpoints/step-00000100/ with, per rank, master weights and moments of its
-partitions and its rows of the unit table (table_files.py) as safetensors, rank 0's state.json, and manifest.json,
-written last: a folder without one is not a checkpoint.
+In: an engine at a step. Out: the files of <run>/checkpoints/step-00000100/: per rank, master weights and moments of its
+partitions, its rows of the unit table (table_files.py) and its state of chance as safetensors; rank 0's state.json; and
+manifest.json, written last: a folder without one is not a checkpoint. train/saving.py writes them beside the training.
 """
 
 import hashlib
 import json
+import math
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
 from safetensors import safe_open
-from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import Tensor
 
-from train import table_files
+from train import chance, table_files
+from train.partitions import MASTER
 
 if TYPE_CHECKING:
     from train.engine import Engine
 
 CHECKPOINT_FORMAT = 2
-MOMENTS = ("exp_avg", "exp_avg_sq")
 AVERAGE = "average"  # of the master weights over the last steps, where the run keeps one
+Files = dict[str, dict[str, Tensor] | str]  # what a rank writes: tensors or text, by file name
 
 
 class CheckpointError(ValueError):
@@ -54,11 +56,12 @@ class Checkpoint:
     def parameter(self, name: str, kind: str, start: int, stop: int) -> Tensor:
         """Elements [start, stop) of a flattened parameter, pieced together from the fragments that cover them."""
         whole, covered = torch.empty(stop - start), 0
-        for file, key, offset, size in self._fragments(name, kind):
+        for file, offset, size in self._fragments.get((name, kind), []):
             first, last = max(start, offset), min(stop, offset + size)
             if first < last:
                 with safe_open(self.path / file, "pt") as opened:
-                    whole[first - start : last - start] = opened.get_slice(key)[first - offset : last - offset]
+                    part = opened.get_slice(fragment_key(name, kind, offset))[first - offset : last - offset]
+                whole[first - start : last - start] = part
                 covered += last - first
         if covered != stop - start:
             raise CheckpointError(
@@ -69,96 +72,82 @@ class Checkpoint:
     @property
     def has_average(self) -> bool:
         """Was a running average of the weights kept?"""
-        return any(f"|{AVERAGE}|" in key for keys in self.manifest["fragments"].values() for key in keys)
+        return any(kind == AVERAGE for _, kind in self._fragments)
 
-    def _fragments(self, name: str, kind: str) -> Iterator[tuple[str, str, int, int]]:
+    @cached_property
+    def _fragments(self) -> dict[tuple[str, str], list[tuple[str, int, int]]]:
+        """File, offset and size of each fragment of a parameter and kind."""
+        found: dict[tuple[str, str], list[tuple[str, int, int]]] = {}
         for file, fragments in self.manifest["fragments"].items():
             for key, size in fragments.items():
-                its_name, its_kind, offset = key.split("|")
-                if (its_name, its_kind) == (name, kind):
-                    yield file, key, int(offset), size
+                name, kind, offset = key.split("|")
+                found.setdefault((name, kind), []).append((file, int(offset), size))
+        return found
 
     def table(self) -> tuple[dict[str, Tensor], list[str]]:
         """Unit rows that have moved, of all ranks, and their keys; any other row is drawn from its key."""
         return table_files.merged(self.path)
 
 
-def save(engine: "Engine", root: Path, step: int, state: dict[str, Any]) -> Path:
-    """Write and seal a checkpoint; every rank calls it. Returns its folder."""
-    final, temporary = root / f"step-{step:08d}", root / f".step-{step:08d}.partial"
-    rank, world_size = dist.get_rank(), dist.get_world_size()
-    if rank == 0:
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True)
-    dist.barrier()
-    fragments = local_fragments(engine.model, rank, engine.average)
-    save_file(fragments, temporary / f"rank-{rank:05d}.safetensors")
-    _sync(temporary / f"rank-{rank:05d}.safetensors")
-    full_step = table_files.full_save(engine.table)
-    save_file(table_files.moved_rows(engine.table, full_step), temporary / table_files.file_name(step, rank))
-    _sync(temporary / table_files.file_name(step, rank))
-    if rank == 0:
-        _save_shared(engine, temporary, {**state, "step": step, "world_size": world_size})
-    dist.barrier()  # sealed only after all ranks are done
-    if rank == 0:
-        seal(temporary, step, table_files.link_full_save(engine.table, full_step, temporary))
-        shutil.rmtree(final, ignore_errors=True)
-        temporary.rename(final)
-        _sync(root)
-    dist.barrier()
-    engine.table.saved_in = final
-    return final
+def step_of(folder: Path) -> int:
+    """The step in a checkpoint's name."""
+    return int(folder.name.removeprefix("step-"))
 
 
-def partitioned(model: nn.Module) -> Iterator[tuple[str, Any]]:
-    """Parameters under ZeRO-3 by name; DeepSpeed adds ds_tensor, ds_numel and ds_shape to each."""
-    yield from model.named_parameters()
+def fragment_key(name: str, kind: str, offset: int) -> str:
+    """What a fragment is called in its file."""
+    return f"{name}|{kind}|{offset}"
 
 
-def local_fragments(model: nn.Module, rank: int, average: dict[str, Tensor]) -> dict[str, Tensor]:
+def files_of(
+    engine: "Engine", state: dict[str, Any], full_step: int, to_host: Callable[[str, Tensor], Tensor]
+) -> Files:
+    """What this rank writes of an engine; `to_host(name, tensor)` copies a tensor that training goes on to change.
+
+    Of the unit table, the rows that have moved since the full save of `full_step`.
+    """
+    rank = dist.get_rank()
+    files: Files = {
+        f"rank-{rank:05d}.safetensors": _fragments_of(engine, to_host),
+        f"chance-{rank:05d}.safetensors": chance.state(),
+        table_files.file_name(state["step"], rank): table_files.moved_rows(engine.table, full_step),
+    }
+    return {**files, **_shared_files(engine, state)} if rank == 0 else files
+
+
+def _fragments_of(engine: "Engine", to_host: Callable[[str, Tensor], Tensor]) -> dict[str, Tensor]:
     """This rank's part of each parameter, its moments and average, by `name|kind|offset`; without the padding."""
-    from deepspeed.utils import (
-        safe_get_local_fp32_param,
-        safe_get_local_optimizer_state,
-    )  # slow; readers need none of it
-
     fragments = {}
-    for name, parameter in partitioned(model):
-        size = parameter.ds_tensor.numel()
-        offset, length = rank * size, min(size, parameter.ds_numel - rank * size)
-        if length <= 0:
-            continue
-        tensors = {"master": safe_get_local_fp32_param(parameter)}
-        tensors |= {kind: safe_get_local_optimizer_state(parameter, kind) for kind in MOMENTS}
-        if name in average:
-            tensors[AVERAGE] = average[name]
-        for kind, tensor in tensors.items():
-            fragments[f"{name}|{kind}|{offset}"] = tensor[:length].detach().float().cpu().clone()
+    for number, buffer in enumerate(engine.partitions.buffers()):
+        buffer |= {AVERAGE: engine.average[number]} if engine.average else {}
+        for kind, flat in buffer.items():
+            host = to_host(f"{kind} {number}", flat)
+            for piece in engine.partitions.pieces[number]:
+                key = fragment_key(piece.name, kind, piece.start)
+                fragments[key] = host[piece.place : piece.place + piece.size]
     return fragments
 
 
-def _save_shared(engine: "Engine", folder: Path, state: dict[str, Any]) -> None:
-    shapes = {name: list(parameter.ds_shape) for name, parameter in partitioned(engine.model)}
-    (folder / "config.json").write_text(engine.model.config.to_json_string())
-    content = {**state, "optimizer_steps": _optimizer_steps(engine), "shapes": shapes}
-    (folder / "state.json").write_text(json.dumps(content, indent=1, sort_keys=True))
+def _shared_files(engine: "Engine", state: dict[str, Any]) -> Files:
+    numbers = {"optimizer_steps": engine.partitions.num_steps, "world_size": dist.get_world_size()}
+    content = {**state, **numbers, "shapes": engine.partitions.shapes}
+    return {
+        "config.json": engine.model.config.to_json_string(),
+        "state.json": json.dumps(content, indent=1, sort_keys=True),
+    }
 
 
-def _optimizer_steps(engine: "Engine") -> int:
-    """Adam's step count; the sub-groups move together, so that there is one number."""
-    inner = engine.optimizer.optimizer
-    counts = {int(inner.state[flat]["step"]) for flat in engine.optimizer.fp32_partitioned_groups_flat}
-    assert len(counts) == 1, f"sub-groups disagree on the number of steps: {counts}"
-    return counts.pop()
+def entry_of(path: Path) -> dict[str, Any]:
+    """What a manifest says of a file that is on disk for good."""
+    sync(path)
+    return {"bytes": path.stat().st_size, "sha256": _sha256(path)}
 
 
 def seal(folder: Path, step: int, known: dict[str, Any] | None = None) -> None:
     """Write the manifest: every file with size and digest, `known` for some, and where each fragment lies."""
     files, fragments = {}, {}
     for path in sorted(folder.iterdir()):
-        _sync(path)
-        entry = (known or {}).get(path.name)
-        files[path.name] = entry or {"bytes": path.stat().st_size, "sha256": _sha256(path)}
+        files[path.name] = (known or {}).get(path.name) or entry_of(path)
         if path.name.startswith("rank-"):
             with safe_open(path, "pt") as opened:
                 fragments[path.name] = {key: opened.get_slice(key).get_shape()[0] for key in opened.keys()}  # noqa: SIM118  no dict
@@ -166,17 +155,15 @@ def seal(folder: Path, step: int, known: dict[str, Any] | None = None) -> None:
     content["sha256"] = _digest_of(content)
     temporary = folder / ".manifest.json"
     temporary.write_text(json.dumps(content, indent=1, sort_keys=True))
-    _sync(temporary)
+    sync(temporary)
     temporary.rename(folder / "manifest.json")
-    _sync(folder)
+    sync(folder)
 
 
-def newest(root: Path, up_to_step: int | None = None) -> tuple[Checkpoint | None, list[str]]:
-    """The newest sealed and undamaged checkpoint, of a step or before, and what was passed over."""
+def newest(root: Path) -> tuple[Checkpoint | None, list[str]]:
+    """The newest sealed and undamaged checkpoint, and what was passed over."""
     passed_over: list[str] = []
     for folder in sorted(root.glob("step-*"), reverse=True):
-        if up_to_step is not None and int(folder.name.removeprefix("step-")) > up_to_step:
-            continue
         try:
             return open_checkpoint(folder), passed_over
         except CheckpointError as error:
@@ -184,8 +171,43 @@ def newest(root: Path, up_to_step: int | None = None) -> tuple[Checkpoint | None
     return None, passed_over
 
 
-def open_checkpoint(folder: Path) -> Checkpoint:
-    """Open and verify a checkpoint: it is sealed, and every file is what was sealed."""
+def newest_of_run(run_dir: Path) -> Checkpoint:
+    """The newest sealed and undamaged checkpoint of a run.
+
+    Raises:
+        CheckpointError: there is none.
+    """
+    found, passed_over = newest(run_dir / "checkpoints")
+    if found is None:
+        raise CheckpointError(
+            f"{run_dir / 'checkpoints'} has no sealed checkpoint ({len(passed_over)} damaged). "
+            f"Train first: make train OUT={run_dir}"
+        )
+    return found
+
+
+def newest_of_all_ranks(root: Path, up_to_step: float = math.inf) -> tuple[Checkpoint | None, list[str]]:
+    """`newest` of a step or before, for ranks that must agree; each verifies its share of the files."""
+    rank, num_ranks = dist.get_rank(), dist.get_world_size()
+    listed = [[path.name for path in sorted(root.glob("step-*"), reverse=True) if step_of(path) <= up_to_step]]
+    dist.broadcast_object_list(listed)
+    passed_over: list[str] = []
+    for name in listed[0]:
+        found, problem = None, ""
+        try:
+            found = open_checkpoint(root / name, slice(rank, None, num_ranks))
+        except CheckpointError as error:
+            problem = str(error)
+        problems = [""] * num_ranks
+        dist.all_gather_object(problems, problem)
+        if not any(problems):
+            return found, passed_over
+        passed_over.append(next(filter(None, problems)))
+    return None, passed_over
+
+
+def open_checkpoint(folder: Path, share: slice = slice(None)) -> Checkpoint:
+    """Open and verify a checkpoint: it is sealed, and every file, or a share of them, is what was sealed."""
     manifest_path = folder / "manifest.json"
     if not manifest_path.exists():
         raise CheckpointError(f"{folder} has no manifest.json: it was never sealed. Use an earlier checkpoint.")
@@ -200,7 +222,7 @@ def open_checkpoint(folder: Path) -> Checkpoint:
         )
     if manifest.get("sha256") != _digest_of(manifest):
         raise CheckpointError(f"{manifest_path} is damaged (differs from its own digest). Use an earlier checkpoint.")
-    for name, recorded in manifest["files"].items():
+    for name, recorded in [*manifest["files"].items()][share]:
         path = folder / name
         if not path.exists() or path.stat().st_size != recorded["bytes"] or _sha256(path) != recorded["sha256"]:
             raise CheckpointError(
@@ -211,10 +233,7 @@ def open_checkpoint(folder: Path) -> Checkpoint:
 
 def restore(engine: "Engine", checkpoint: Checkpoint) -> int:
     """Put master weights, moments, working weights and unit rows back; returns the number of rows that have moved."""
-    from deepspeed.utils import safe_set_local_fp32_param, safe_set_local_optimizer_state
-
-    rank, state = dist.get_rank(), checkpoint.state()
-    shapes = {name: list(parameter.ds_shape) for name, parameter in partitioned(engine.model)}
+    state, shapes, pieces = checkpoint.state(), engine.partitions.shapes, engine.partitions.pieces
     if shapes != state["shapes"]:
         odd = sorted(name for name in {*shapes, *state["shapes"]} if shapes.get(name) != state["shapes"].get(name))
         raise CheckpointError(
@@ -222,52 +241,36 @@ def restore(engine: "Engine", checkpoint: Checkpoint) -> int:
             f"{shapes.get(odd[0])} here. "
             "Use the run's own configuration, or another OUT."
         )
-    _create_moments(engine, int(state["optimizer_steps"]))
-    for name, parameter in partitioned(engine.model):
-        size = parameter.ds_tensor.numel()
-        start, stop = min(rank * size, parameter.ds_numel), min((rank + 1) * size, parameter.ds_numel)
-        for kind in ("master", *MOMENTS):
-            padded = torch.zeros(size)
-            padded[: stop - start] = checkpoint.parameter(name, kind, start, stop)
-            if kind == "master":
-                safe_set_local_fp32_param(parameter, padded.to(engine.device))
-                parameter.ds_tensor.data.copy_(padded)  # the working copy, which the setter leaves as it was
-            else:
-                safe_set_local_optimizer_state(parameter, padded.to(engine.device), kind)
-        if engine.average:  # a run that begins to average begins with the weights themselves
-            kept = checkpoint.parameter(name, AVERAGE if checkpoint.has_average else "master", start, stop)
-            engine.average[name].zero_()[: stop - start] = kept
-    persistent = engine.optimizer.persistent_parameters
-    if persistent:  # small parameters stay gathered: refresh them from their partitions
-        persistent[0].partition(persistent)
-        persistent[0].all_gather(persistent)
+    # A run that begins to average begins with the weights themselves.
+    average_of = AVERAGE if checkpoint.has_average else MASTER
+    for number, buffer in enumerate(engine.partitions.refill(int(state["optimizer_steps"]))):
+        targets = [(kind, flat) for kind, flat in buffer.items()]
+        targets += [(average_of, engine.average[number].zero_())] if engine.average else []
+        for piece in pieces[number]:
+            for kind, flat in targets:
+                values = checkpoint.parameter(piece.name, kind, piece.start, piece.start + piece.size)
+                flat[piece.place : piece.place + piece.size] = values
+    chance.restore(checkpoint.path)
     for rows, keys in table_files.parts(checkpoint.path):  # one file at a time: a rank's memory is its own rows'
         engine.table.load(rows, keys)
-    engine.table.saved_in = checkpoint.path
+    engine.table.saved_in = checkpoint.path, checkpoint.step
     num_rows = (engine.table.state()["moved_at"] > 0).sum()
     dist.all_reduce(num_rows)
     return int(num_rows)
 
 
-def _create_moments(engine: "Engine", steps: int) -> None:
-    """Adam makes its state at the first step; a resumed run needs it before."""
-    inner = engine.optimizer.optimizer
-    for flat in engine.optimizer.fp32_partitioned_groups_flat:
-        moments = {kind: torch.zeros_like(flat.data) for kind in MOMENTS}
-        inner.state[flat] = {"step": torch.tensor(float(steps)), **moments}
-
-
-def prune(root: Path, keep: int) -> None:
-    """Keep the newest checkpoints, one of them apart from the newest; remove older ones and what was never sealed."""
+def prune(root: Path, keep: int, keep_every: int = 0) -> None:
+    """Keep the newest checkpoints, one of them apart from the newest, and those of every `keep_every` steps."""
     sealed = sorted(path for path in root.glob("step-*") if (path / "manifest.json").exists())
     kept = {*sealed[-keep:], *(table_files.apart(sealed)[-1:] if sealed and keep > 1 else [])}
-    for folder in [*(path for path in sealed if path not in kept), *root.glob(".step-*.partial")]:
-        shutil.rmtree(folder)
+    for folder in sealed:
+        if folder not in kept and (not keep_every or step_of(folder) % keep_every):
+            shutil.rmtree(folder)
 
 
 def full_state(checkpoint: Checkpoint) -> dict[str, Tensor]:
     """All weights of a checkpoint, whole, in fp32, or their average: for export and evaluation."""
-    state, kind = checkpoint.state(), AVERAGE if checkpoint.has_average else "master"
+    state, kind = checkpoint.state(), AVERAGE if checkpoint.has_average else MASTER
     weights = {}
     for name, shape in state["shapes"].items():
         size = int(torch.Size(shape).numel())
@@ -285,7 +288,8 @@ def _sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
+    """Have a file, or the names in a folder, on disk for good."""
     handle = os.open(path, os.O_RDONLY)
     os.fsync(handle)
     os.close(handle)

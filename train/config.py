@@ -111,6 +111,18 @@ def _check_context(where: str, context_s: Any) -> None:
         raise ConfigError(f"{where} = {context_s} must be a positive multiple of 0.1 s (one token).")
 
 
+def _check_schedule(train: "OptimConfig") -> None:
+    if train.decay_steps and train.schedule != "wsd":
+        raise ConfigError(
+            f"decay_steps = {train.decay_steps} is of schedule wsd, and this is {train.schedule}. Set schedule=wsd."
+        )
+    if not 0 <= train.decay_steps <= train.num_steps - train.warmup_steps * (train.decay_steps > 0):
+        raise ConfigError(
+            f"decay_steps = {train.decay_steps} and warmup_steps = {train.warmup_steps} do not fit into num_steps = "
+            f"{train.num_steps}."
+        )
+
+
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
     """Which model: a preset, and what differs from it (keys of BrainloomConfig)."""
@@ -182,9 +194,12 @@ class OptimConfig:
     global_batch_size: int = 32
     micro_batch_size: int = 16
     lr: float = 1e-3
+    vector_lr_scale: float = 1.0  # of norms, biases and embeddings: their learning rate is lr times this
     unit_lr: float = 0.1
     weight_decay: float = 0.01
+    schedule: Literal["cosine", "wsd"] = "cosine"
     warmup_steps: int = 20
+    decay_steps: int = 0  # under wsd (warm-up, stable, decay): how many of the last steps decay
     final_lr_fraction: float = 0.05
     clip_norm: float = 1.0
     average_steps: int = 0  # horizon of the running average of all weights that is evaluated and exported; 0 = none
@@ -192,6 +207,7 @@ class OptimConfig:
     families: tuple[str, ...] = FAMILIES  # in turn, one a step: FAMILY[+FAMILY …][@SECONDS], by default data.context_s
     context_schedule: tuple[ContextFrom, ...] = ()  # a curriculum; until its first stage data.context_s
     precision: Literal["fp32", "bf16"] = "fp32"
+    compile: bool = False  # by torch.compile: the model as one graph, under ZeRO-3 the inside of each block
     activation_checkpointing: bool = False  # compute activations again in the backward pass instead of keeping them
 
     def __post_init__(self) -> None:
@@ -199,6 +215,7 @@ class OptimConfig:
         steps = [stage.from_step for stage in self.context_schedule]
         if steps != sorted(set(steps)):
             raise ConfigError(f"context_schedule has from_step {steps}; expected each to be more than the one before.")
+        _check_schedule(self)
         if not self.families:
             raise ConfigError(f"families is empty. Give at least one of {list(FAMILIES)}.")
         for number, text in enumerate(self.families):
@@ -227,7 +244,8 @@ class RunConfig:
     seed: int = 0
     ds_config: str = "ds_configs/zero3.json"
     checkpoint_every: int = 50
-    keep_checkpoints: int = 2
+    keep_checkpoints: int = 2  # the newest; and for ever:
+    keep_every: int = 0  # those of every so many steps; 0 = none
     log_every: int = 10
     log_to: tuple[Board, ...] = ("tensorboard",)  # beside metrics.jsonl
     validate_every: int = 500  # steps, and at the end: scores on fixed windows of the valid split; 0 = never
@@ -313,6 +331,9 @@ def gradient_accumulation(config: OptimConfig, world_size: int) -> int:
     return config.global_batch_size // per_pass
 
 
+NEVER_IN_MECHANICS = ("optimizer", "scheduler", "fp16", "compile", "activation_checkpointing")
+
+
 def deepspeed_config(config: RunConfig, world_size: int) -> dict[str, Any]:
     """The resolved DeepSpeed JSON: mechanics from the file, everything else from the run's YAML."""
     path = Path(config.ds_config)
@@ -322,6 +343,9 @@ def deepspeed_config(config: RunConfig, world_size: int) -> dict[str, Any]:
         raise ConfigError(f"ds_config = {config.ds_config} does not exist. Valid: a file of ds_configs/.") from error
     except ValueError as error:
         raise ConfigError(f"{path} is not valid JSON: {error}") from error
+    per_node = min(mechanics.get("zero_optimization", {}).get("zero_hpz_partition_size", 1), world_size)
+    if world_size % per_node:
+        raise ConfigError(f"{path}: zero_hpz_partition_size {per_node} does not divide {world_size} ranks. Change it.")
     ours = {
         "train_batch_size": config.train.global_batch_size,
         "train_micro_batch_size_per_gpu": config.train.micro_batch_size,
@@ -329,6 +353,6 @@ def deepspeed_config(config: RunConfig, world_size: int) -> dict[str, Any]:
         "gradient_clipping": config.train.clip_norm,
         "bf16": {"enabled": config.train.precision == "bf16"},
     }
-    for key in {*ours, "optimizer", "scheduler", "fp16"} & set(mechanics):
+    for key in {*ours, *NEVER_IN_MECHANICS} & set(mechanics):
         raise ConfigError(f"{path}: {key} belongs to the run's YAML, not to the engine's mechanics. Remove it there.")
     return {**mechanics, **ours}

@@ -7,7 +7,6 @@ In each round every host is in one pair at most, so that no pair disturbs anothe
 from __future__ import annotations
 
 import argparse
-import contextlib
 import datetime
 import json
 import os
@@ -54,12 +53,29 @@ def rounds(number: int) -> list[list[tuple[int, int]]]:
 
 def time_limit_s(number: int) -> float:
     """How long the whole may take on `number` hosts."""
-    return START_S + PAIR_S * len(rounds(number))
+    return 3 * START_S + 2 * PAIR_S * len(rounds(number))
 
 
-def _meet(task: Task) -> Store:
+def _meet(task: Task) -> tuple[Store, list[int]]:
+    """The store that the first host serves, and the hosts that have come to it, as the first host counts them."""
     timeout = datetime.timedelta(seconds=START_S)
-    return TCPStore(task.address, task.port, is_master=task.rank == 0, timeout=timeout, wait_for_workers=False)
+    store = TCPStore(task.address, task.port, is_master=task.rank == 0, timeout=timeout, wait_for_workers=False)
+    store.set(f"here-{task.rank}", "")
+    if task.rank == 0:
+        deadline_s = time.monotonic() + START_S
+        came = [rank for rank in range(len(task.names)) if _comes(store, [f"here-{rank}"], deadline_s)]
+        store.set("came", json.dumps(came))
+    store.wait(["came"], 2 * timeout)
+    return store, json.loads(store.get("came"))
+
+
+def _comes(store: Store, keys: list[str], deadline_s: float) -> bool:
+    """Wait until the keys are set; False where they are not in time, or the store has gone."""
+    try:
+        store.wait(keys, datetime.timedelta(seconds=max(0.1, deadline_s - time.monotonic())))
+    except RuntimeError:
+        return False
+    return True
 
 
 def _gbit_s(task: Task, store: Store, pair: tuple[int, int]) -> float:
@@ -84,29 +100,32 @@ def _gbit_s(task: Task, store: Store, pair: tuple[int, int]) -> float:
     return 8 * values.nbytes * NUM_REPEATS / seconds / 1e9
 
 
+def _measure(task: Task, store: Store, pair: tuple[int, int], came: list[int]) -> dict[str, Any]:
+    result: dict[str, Any] = {"pair": [task.names[index] for index in pair]}
+    absent = [task.names[index] for index in pair if index not in came]
+    if absent:
+        return {**result, "error": f"{absent[0]} did not come to {task.address}:{task.port}"}
+    try:
+        return {**result, "gbit_s": _gbit_s(task, store, pair)}
+    except (RuntimeError, ValueError) as error:  # torch has no narrower ones for a lost peer
+        return {**result, "error": str(error).strip().splitlines()[0]}
+
+
 def reduce_all(task: Task) -> list[dict[str, Any]]:
-    """Run this host's pairs; return those in which it comes first, and those that failed."""
-    store = _meet(task)
+    """Run this host's pairs; return those in which it comes first, and those that failed.
+
+    All begin a round together: a host that has waited for a lost one must not look lost to its next.
+    """
+    store, came = _meet(task)
     results = []
-    for pair in (pair for one in rounds(len(task.names)) for pair in one if task.rank in pair):
-        result: dict[str, Any] = {"pair": [task.names[index] for index in pair]}
-        try:
-            result["gbit_s"] = _gbit_s(task, store, pair)
-        except (RuntimeError, ValueError) as error:  # torch has no narrower ones for a lost peer
-            result["error"] = str(error).strip().splitlines()[0]
-        if task.rank == pair[0] or "error" in result:
-            results.append(result)
-    _leave(task, store)
+    for number, pairs in enumerate(rounds(len(task.names))):
+        for pair in (pair for pair in pairs if task.rank in pair):
+            result = _measure(task, store, pair, came)
+            if task.rank == pair[0] or "error" in result:
+                results.append(result)
+        store.set(f"done-{number}-{task.rank}", "")
+        _comes(store, [f"done-{number}-{rank}" for rank in came], time.monotonic() + PAIR_S)
     return results
-
-
-def _leave(task: Task, store: Store) -> None:
-    """The first host keeps the store open until the others are done with it."""
-    with contextlib.suppress(RuntimeError):  # one that failed does not come
-        store.set(f"done-{task.rank}", "")
-        if task.rank == 0:
-            keys = [f"done-{rank}" for rank in range(len(task.names))]
-            store.wait(keys, datetime.timedelta(seconds=PAIR_S))
 
 
 def configure(parser: argparse.ArgumentParser) -> None:

@@ -189,18 +189,25 @@ def disk(out: Path, marker: str) -> dict[str, Fact]:
 
 def interface(peer: str, env: dict[str, str]) -> dict[str, Fact]:
     """The network interface that leads to `peer`, its address, Mbit/s (0: it does not say), and InfiniBand's ports."""
-    address = "127.0.0.1"
-    if peer:
-        family, _, _, _, target = socket.getaddrinfo(peer, 9, type=socket.SOCK_DGRAM)[0]
-        with socket.socket(family, socket.SOCK_DGRAM) as probe:
-            probe.connect(target)  # sends nothing: the kernel chooses the way
-            address = probe.getsockname()[0]
+    addresses = {name: address for _, name in socket.if_nameindex() if (address := _ipv4(name))}
+    address = _way_to(peer, addresses) if peer else "127.0.0.1"
+    name = next((name for name in addresses if addresses[name] == address), "")
     names = [name for _, name in socket.if_nameindex()]
-    name = next((name for name in names if _ipv4(name) == address), "")
     own = ""
     with contextlib.suppress(OSError):  # the host does not know its own name
         own = socket.gethostbyname(socket.gethostname())
     return {**_link(name), "address": address, "names": names, "own": own, "env": env, "port": _free_port()}
+
+
+def _way_to(peer: str, addresses: dict[str, str]) -> str:
+    """This host's address on the way to another; on the first interface that is no loopback, if its name is unknown."""
+    try:
+        family, _, _, _, target = socket.getaddrinfo(peer, 9, type=socket.SOCK_DGRAM)[0]
+    except socket.gaierror:  # ssh or SLURM alone may know it
+        return sorted(addresses.values(), key=lambda address: address.startswith("127."))[0]
+    with socket.socket(family, socket.SOCK_DGRAM) as probe:
+        probe.connect(target)  # sends nothing: the kernel chooses the way
+        return str(probe.getsockname()[0])
 
 
 def _ipv4(name: str) -> str:

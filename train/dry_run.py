@@ -112,8 +112,7 @@ def ways_out(plan: Plan) -> Iterator[str]:
     """Changes to a run that does not fit, each alone, with which it would; of each kind the least."""
     run, job = plan.job.run, plan.job
     for path in sorted(Path(run.ds_config).parent.glob("*.json")):
-        other = replace(run, ds_config=str(path))
-        if _suits(other, job) and not replace(plan, job=_with(job, other)).shortage:
+        if _suits(path, job) and not replace(plan, job=_with(job, replace(run, ds_config=str(path)))).shortage:
             yield f"ds_config={path}"
     size = run.train.micro_batch_size
     halves = [size >> times for times in range(1, size.bit_length()) if size % (1 << times) == 0]
@@ -133,9 +132,9 @@ def _fits(plan: Plan, **of_train: Any) -> bool:
     return not plan_of(_with(plan.job, run), plan.machine, plan.samples, plan.recordings).shortage
 
 
-def _suits(run: RunConfig, job: Job) -> bool:
+def _suits(mechanics: Path, job: Job) -> bool:
     """Can these mechanics run on so many ranks? The second partition of hpZ is cut into the ranks of a node."""
-    return job.slots % Zero.of(config.deepspeed_config(run, job.num_ranks)).zero_hpz_partition_size == 0
+    return job.slots % Zero.of(json.loads(mechanics.read_text())).zero_hpz_partition_size == 0
 
 
 def _with(job: Job, run: RunConfig) -> Job:

@@ -5,21 +5,24 @@ One process or many: the same weights, the same batches, the same steps.
 """
 
 import contextlib
-import math
-from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from typing import Any
 
 import deepspeed
 import torch
 import torch.distributed as dist
-from deepspeed.utils import safe_get_local_fp32_param
+from deepspeed.ops.op_builder import AsyncIOBuilder
+from deepspeed.utils import set_z3_leaf_modules
 from torch import Tensor, nn
 
+from prep.settings import ConfigError
 from train.build import HALVED, build_model, whole
+from train.compiled import compile_blocks, compile_whole
 from train.config import OptimConfig, RunConfig, deepspeed_config
 from train.model.modeling_brainloom import BrainloomForPreTraining, BrainloomPreTrainingOutput
+from train.partitions import MASTER, Partitions
 from train.sampler import mix
+from train.schedule import average_decay, lr_factor
 from train.timing import StepTimer
 from train.unit_table import UnitTable
 
@@ -32,35 +35,26 @@ def _gather(parameters: list[nn.Parameter]) -> AbstractContextManager[None]:
     return context
 
 
-def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Matrices decay; norms, biases and embeddings do not."""
+def parameter_groups(model: nn.Module, config: OptimConfig) -> list[dict[str, Any]]:
+    """Matrices decay; norms, biases and embeddings do not, and have a learning rate of their own."""
     groups: dict[bool, list[nn.Parameter]] = {True: [], False: []}
     for name, parameter in model.named_parameters():
         shape = getattr(parameter, "ds_shape", parameter.shape)
         groups[len(shape) >= 2 and not name.endswith("_embed")].append(parameter)
+    vectors = {"weight_decay": 0.0, "lr": config.lr * config.vector_lr_scale}
     return [
-        {"params": groups[True], "weight_decay": weight_decay, "name": "decay"},
-        {"params": groups[False], "weight_decay": 0.0, "name": "no_decay"},
+        {"params": groups[True], "weight_decay": config.weight_decay, "lr": config.lr, "name": "decay"},
+        {"params": groups[False], **vectors, "name": "no_decay"},
     ]
 
 
-def make_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.AdamW:
-    """AdamW (Loshchilov & Hutter 2019)."""
-    return torch.optim.AdamW(parameter_groups(model, config.weight_decay), lr=config.lr, betas=BETAS)
+def make_optimizer(model: nn.Module, config: OptimConfig, fused: bool | None = None) -> torch.optim.AdamW:
+    """AdamW (Loshchilov & Hutter 2019); `initial_lr` of a group is its peak learning rate, as in torch's schedulers.
 
-
-def average_decay(step: int, config: OptimConfig) -> float:
-    """What the running average keeps at a step: little at the start, 1 - 1 / average_steps in the long run."""
-    return min(1 - 1 / config.average_steps, (1 + step) / (10 + step))
-
-
-def lr_factor(step: int, config: OptimConfig) -> float:
-    """Share of the peak learning rate at a step: linear warm-up, then a cosine. A function of the step alone."""
-    if step < config.warmup_steps:
-        return (step + 1) / config.warmup_steps
-    progress = (step - config.warmup_steps) / max(1, config.num_steps - config.warmup_steps)
-    cosine = 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
-    return config.final_lr_fraction + (1 - config.final_lr_fraction) * cosine
+    `fused`: in one pass over memory; None leaves it to torch.
+    """
+    groups = [{**group, "initial_lr": group["lr"]} for group in parameter_groups(model, config)]
+    return torch.optim.AdamW(groups, betas=BETAS, fused=fused)
 
 
 def count_in_norm(optimizer: Any, table: UnitTable) -> None:
@@ -77,17 +71,37 @@ def count_in_norm(optimizer: Any, table: UnitTable) -> None:
         optimizer.scaled_global_norm = lambda: torch.hypot(norm := total(), table.norm.to(norm.device))
 
 
+def check_nvme(mechanics: dict[str, Any], path: str) -> None:
+    """Refuse to keep states on NVMe where DeepSpeed could not compile what writes there."""
+    devices = {mechanics[key]["device"] for key in ("offload_optimizer", "offload_param") if key in mechanics}
+    if "nvme" in devices and not AsyncIOBuilder().is_compatible():
+        raise ConfigError(
+            f"{path} keeps states on NVMe, for which DeepSpeed compiles an op that needs libaio, and it is not here. "
+            "Install it (Debian: `apt-get install libaio-dev`), or use ds_configs/zero3_offload.json."
+        )
+
+
 class Engine:
     """The model under DeepSpeed and the unit table; one `train_step` is one optimizer step."""
 
     def __init__(self, config: RunConfig, keys: list[str], world_size: int) -> None:
         self.config = config
         self.ds_config = deepspeed_config(config, world_size)
-        stage3 = self.ds_config["zero_optimization"]["stage"] == 3
+        mechanics = self.ds_config["zero_optimization"]
+        check_nvme(mechanics, config.ds_config)
+        stage3 = mechanics["stage"] == 3
         with deepspeed.zero.Init(config_dict_or_path=self.ds_config) if stage3 else contextlib.nullcontext():
             model = build_model(config, _gather if stage3 else whole)
+        if config.train.activation_checkpointing:
+            model.activation_checkpointing_enable({"use_reentrant": False})
+        if config.train.compile and not stage3:
+            compile_whole(model)
+        elif config.train.compile:
+            # ZeRO-3 gathers weights in hooks, which cannot be compiled: those of a block around it, all at once.
+            set_z3_leaf_modules(model, compile_blocks(model))
         self.num_parameters = sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters())
-        optimizer = make_optimizer(model, config.train)
+        # On the host, torch's other ways of computing the step are several times slower.
+        optimizer = make_optimizer(model, config.train, fused=True if "offload_optimizer" in mechanics else None)
         self.deepspeed, self.optimizer, _, _ = deepspeed.initialize(
             model=model, optimizer=optimizer, config=self.ds_config, dist_init_required=False
         )
@@ -97,19 +111,15 @@ class Engine:
         # A group of its own: the exchange of rows does not queue behind ZeRO's gathers.
         self.table = UnitTable(keys, model.config.unit_embed_size, self.device, averages, dist.new_group())
         count_in_norm(self.optimizer, self.table)
-        # Of this rank's partitions of the master weights, by name: what it costs is four bytes for each.
-        self.average = {name: part.clone() for name, part in self.masters()} if averages else {}
+        self.partitions = Partitions(self.deepspeed)
+        # Of this rank's partitions of the master weights: what it costs is four bytes for each.
+        self.average = [buffer[MASTER].clone() for buffer in self.partitions.buffers()] if averages else []
 
     @property
     def model(self) -> BrainloomForPreTraining:
         """The module inside the engine."""
         module: BrainloomForPreTraining = self.deepspeed.module
         return module
-
-    def masters(self) -> Iterator[tuple[str, Tensor]]:
-        """This rank's partitions of the master weights, by name, the padding included."""
-        for name, parameter in self.model.named_parameters():
-            yield name, safe_get_local_fp32_param(parameter).detach()
 
     def forward(self, batch: dict[str, Tensor], context_s: float) -> BrainloomPreTrainingOutput:
         """Predictions and loss of one micro-batch of windows of one length."""
@@ -131,9 +141,10 @@ class Engine:
         assert predictions is not None
         return predictions
 
-    def gradient_norm(self) -> float:
-        """Of the core's gradient at the last step, before it was clipped."""
-        return float(self.deepspeed.get_global_grad_norm() or 0.0)
+    def gradient_norm(self) -> float | None:
+        """Of the gradient at the last step, before it was clipped; None where DeepSpeed does not take it."""
+        norm = self.deepspeed.get_global_grad_norm()
+        return None if norm is None else float(norm)
 
     def train_step(self, micro_batches: list[dict[str, Tensor]], step: int) -> tuple[Tensor, Tensor]:
         """One optimizer step, or none where loss or gradient is not finite on any rank: then nothing moves on all.
@@ -142,7 +153,7 @@ class Engine:
         """
         factor = lr_factor(step, self.config.train)
         for group in self.optimizer.param_groups:
-            group["lr"] = self.config.train.lr * factor
+            group["lr"] = group["initial_lr"] * factor
         context_s = self.config.turn(step).context_s
         loss, windows = torch.zeros(()), []
         size = self.config.train.micro_batch_size
@@ -178,8 +189,8 @@ class Engine:
         norm = torch.as_tensor(self.deepspeed.get_global_grad_norm())
         with self.timer.phase("optimizer"):
             self.table.step(unit_lr, step + 1, keep, (self.config.train.clip_norm / (norm + 1e-6)).clamp(max=1.0))
-            if self.average:
-                torch._foreach_lerp_([*self.average.values()], [part for _, part in self.masters()], 1 - keep)
+            for kept, buffer in zip(self.average, self.partitions.buffers(), strict=False):
+                kept.lerp_(buffer[MASTER], 1 - keep)
 
 
 def infectious(loss: Tensor) -> Tensor:

@@ -49,11 +49,12 @@ def read(path: Path | str) -> list[Host]:
 def read_for_run(path: Path | str, env: Mapping[str, str]) -> list[Host]:
     """Read a hostfile for a run that starts now, from here.
 
-    Refused as well: a name that nothing here knows, and a file that was written for another job than `env`'s.
+    Refused as well: a name that nothing here knows (in a SLURM job, SLURM knows the way), and a file that was written
+    for another job than `env`'s.
     """
-    raw = _bytes(path)
-    _check_job(raw, str(path), job_of(env))
-    return _parse(raw, str(path), known=True)
+    raw, job = _bytes(path), job_of(env)
+    _check_job(raw, str(path), job)
+    return _parse(raw, str(path), known=not job.startswith("SLURM"))
 
 
 def job_of(env: Mapping[str, str]) -> str:

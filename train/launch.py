@@ -24,8 +24,10 @@ from train.hostfile import Host, HostfileError
 from train.ranks import LaunchError, Signals, Started, end, say, start, supervise
 from train.watchdog import Watchdog
 
-FORWARDED = re.compile(r"(DS_ACCELERATOR|OMP_NUM_THREADS|TORCH_EXTENSIONS_DIR|(GLOO|HF|BRAINLOOM|TORCH_NCCL|AWS)_\w+)$")
-SECRET = re.compile(r"TOKEN|SECRET|AWS_ACCESS_KEY_ID")
+FORWARDED = re.compile(
+    r"(DS_ACCELERATOR|OMP_NUM_THREADS|TORCH_EXTENSIONS_DIR|(GLOO|HF|BRAINLOOM|TORCH_NCCL|AWS|WANDB)_\w+)$"
+)
+SECRET = re.compile(r"TOKEN|SECRET|API_KEY|AWS_ACCESS_KEY_ID")
 
 
 def launch(hosts: list[Host], command: list[str], log_dir: Path, env: Mapping[str, str]) -> int:

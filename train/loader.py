@@ -141,11 +141,11 @@ class Feed(Iterator[dict[str, Tensor]]):
 
 def batches(samples: TrainingSamples, first_step: int, rank: int, world_size: int) -> Feed:
     """The micro-batches of one rank from `first_step` on, in pinned memory where they go to a GPU."""
-    train, pinned = samples.config.train, torch.cuda.is_available()
+    train, gpu = samples.config.train, torch.cuda.current_device() if torch.cuda.is_available() else None
     order = positions(first_step, train.num_steps, train.global_batch_size, train.micro_batch_size, rank, world_size)
     if samples.config.data.num_workers:
-        return Feed(_by_workers(samples, order, pinned))
-    return Feed(_read_ahead(samples.batch(at, pinned) for at in order))
+        return Feed(_by_workers(samples, order, pinned=gpu is not None))
+    return Feed(_read_ahead((samples.batch(at, gpu is not None) for at in order), gpu))
 
 
 @dataclass
@@ -172,7 +172,7 @@ def _by_workers(samples: TrainingSamples, order: Iterator[list[int]], pinned: bo
     )
 
 
-def _read_ahead(items: Iterator[Batch]) -> Generator[Batch, None, None]:
+def _read_ahead(items: Iterator[Batch], gpu: int | None = None) -> Generator[Batch, None, None]:
     """Run an iterator in a thread, a few items ahead; its error is raised here."""
     ready: queue.Queue[Batch | BaseException | None] = queue.Queue(READ_AHEAD)
     stop = threading.Event()
@@ -187,6 +187,8 @@ def _read_ahead(items: Iterator[Batch]) -> Generator[Batch, None, None]:
 
     def fill() -> None:
         try:
+            if gpu is not None:
+                torch.cuda.set_device(gpu)  # a thread begins on the first one, and what it pins would take room there
             for item in items:
                 put(item)
                 if stop.is_set():

@@ -8,7 +8,6 @@ import hashlib
 import json
 import os
 import platform
-import random
 import signal
 import sys
 import warnings
@@ -16,12 +15,11 @@ from pathlib import Path
 from types import FrameType
 
 import deepspeed
-import numpy as np
 import torch
 import torch.distributed as dist
 
 from prep.store import Store
-from train import checkpoint, config
+from train import chance, checkpoint, compiled, config, start
 from train.build import model_config
 from train.config import RunConfig
 from train.engine import Engine
@@ -32,6 +30,7 @@ from train.loader import TrainingSamples, batches, note_skipped
 from train.metrics import MetricsLog
 from train.module_trace import module_traces
 from train.profiling import Profiler
+from train.saving import Saver
 from train.self_check import Peers, surroundings, weights
 from train.sources import SourceTable
 from train.step import take_step
@@ -79,9 +78,9 @@ def train(run_dir: Path, run: RunConfig, resume: str, peers: Peers, heart: Heart
     samples = TrainingSamples(store.address, run, model_config(run))
     peers.agree(surroundings(run, store.digest(), world_size) | module_traces(samples, rank, world_size))
     deepspeed.init_distributed("nccl" if torch.cuda.is_available() else "gloo", verbose=False)
-    seed_everything(run.seed)
+    chance.seed_everything(run.seed)
     engine = Engine(run, SourceTable(store).keys, world_size)
-    first_step = _resume(engine, samples, run_dir, resume)
+    first_step = _resume(engine, run_dir, resume, samples)
     peers.agree({"start": [f"step {first_step}"], "weights": weights(engine.model, deepspeed.zero.GatheredParameters)})
     engine.timer.on_phase = heart.enter
     if rank == 0:
@@ -90,7 +89,7 @@ def train(run_dir: Path, run: RunConfig, resume: str, peers: Peers, heart: Heart
     log = MetricsLog(run_dir, run, first_step) if rank == 0 else None
     incidents, validation = Incidents(run_dir, samples), Validation(store, run)
     profiler = Profiler(samples, run_dir, rank, world_size)
-    root = run_dir / "checkpoints"
+    saver = Saver(run_dir / "checkpoints", run)
     state = {
         "store_digest": store.digest(),
         "config_digest": _digest(run_dir / "config.yaml"),
@@ -109,19 +108,22 @@ def train(run_dir: Path, run: RunConfig, resume: str, peers: Peers, heart: Heart
             spike = incidents.judge(step, engine.moved, row["loss"], windows)
             if spike is not None:
                 heart.enter("rewind")
-                incidents.rewound(step, spike, _rewind(engine, root, spike))
+                incidents.rewound(step, spike, _rewind(engine, saver, spike))
+            if run.train.compile and step + 1 - first_step == len(run.turns):  # each shape has had its turn
+                _say(compiled.summary())
             last = step + 1 == run.train.num_steps
             if validation.is_due(step + 1):
                 heart.enter("validation")
                 scores = validation.score(engine.predict, engine.device)
                 if log is not None:
                     log.write_validation({"step": step + 1, **scores})
+            saver.check()
             if (step + 1) % run.checkpoint_every == 0 or last or stop or spike is not None:
                 heart.enter("save")
                 position = (step + 1) * run.train.global_batch_size
-                checkpoint.save(engine, root, step + 1, {**state, "position": position})
-                if rank == 0:
-                    checkpoint.prune(root, run.keep_checkpoints)
+                saver.save(engine, step + 1, {**state, "position": position})
+            if stop or last:
+                saver.wait()
             heart.patience_s = run.faults.watchdog_s
             if stop and not last:
                 _say(f"asked to stop: saved step {step + 1}; the same command goes on from there")
@@ -133,22 +135,23 @@ def train(run_dir: Path, run: RunConfig, resume: str, peers: Peers, heart: Heart
     return 0
 
 
-def _rewind(engine: Engine, root: Path, begun: int) -> int | None:
+def _rewind(engine: Engine, saver: Saver, begun: int) -> int | None:
     """Undo a spike: everything that is trained goes back to the checkpoint before it, the data and the step go on.
 
     So the position stays `step * global_batch_size`, and what the spike has read is not read again. What stands then is
     saved at once: a resumed run begins there. Returns the checkpoint's step, or None where there is none so old.
     """
-    found, _ = checkpoint.newest(root, begun)
+    saver.wait()
+    found, _ = checkpoint.newest_of_all_ranks(saver.root, begun)
     if found is None:
         return None
     checkpoint.restore(engine, found)
     return found.step
 
 
-def _resume(engine: Engine, samples: TrainingSamples, run_dir: Path, resume: str) -> int:
+def _resume(engine: Engine, run_dir: Path, resume: str, samples: TrainingSamples) -> int:
     root = run_dir / "checkpoints"
-    found, passed_over = checkpoint.newest(root) if resume != "never" else (None, [])
+    found, passed_over = checkpoint.newest_of_all_ranks(root) if resume != "never" else (None, [])
     for reason in passed_over:
         _say(f"passed over: {reason}")
     if found is None:
@@ -156,19 +159,15 @@ def _resume(engine: Engine, samples: TrainingSamples, run_dir: Path, resume: str
             raise checkpoint.CheckpointError(
                 f"{root} has no sealed checkpoint, and --resume must was given. Check OUT, or leave --resume out."
             )
-        _say("starting from step 0")
-        return 0
+        origin = start.origin_of(run_dir)
+        if origin is None:
+            _say("starting from step 0")
+            return 0
+        found = checkpoint.open_checkpoint(origin, slice(dist.get_rank(), None, dist.get_world_size()))
     rows = checkpoint.restore(engine, found)
     _say(f"resuming from {found.path} (step {found.step}, {rows} unit rows)")
     samples.go_on(found.state())
     return found.step
-
-
-def seed_everything(seed: int) -> None:
-    """Seed every global source of chance; samples have their own."""
-    random.seed(seed)
-    np.random.seed(seed)  # noqa: NPY002  libraries may use it
-    torch.manual_seed(seed)
 
 
 def _write_environment(engine: Engine, run_dir: Path, world_size: int, store: Store) -> None:

@@ -144,10 +144,9 @@ class Part:
     passes: float = 0  # when most activations are alive
     reduction: float = 0  # at the end of the backward pass, when the last gradients are sent
     step: float = 0  # of the optimizer
-    save: float = 0  # while a checkpoint is copied
 
 
-MOMENTS = ("passes", "reduction", "step", "save")
+MOMENTS = ("passes", "reduction", "step")
 
 
 def parts(job: Job, passes: Passes) -> list[Part]:
@@ -164,7 +163,7 @@ def most(made: list[Part], *places: Place) -> float:
 
 
 def _always(name: str, place: Place, size: float) -> Part:
-    return Part(name=name, place=place, passes=size, reduction=size, step=size, save=size)
+    return Part(name=name, place=place, passes=size, reduction=size, step=size)
 
 
 def _states(job: Job) -> Iterator[Part]:
@@ -243,8 +242,8 @@ def _unit_table(job: Job, passes: Passes) -> Iterator[Part]:
 
 
 def _batches(job: Job, passes: Passes) -> Iterator[Part]:
-    """A step has all its micro-batches; more are read ahead; a checkpoint passes through the host's memory."""
+    """A step has all its micro-batches; more are read ahead; checkpoints are written from a copy, which stays."""
     yield _always("batches of a step", "device", job.accumulation * passes.inputs)
     ahead = READ_AHEAD * max(1, job.run.data.num_workers) + HANDS
     yield _always("batches read ahead", "host", ahead * passes.inputs)
-    yield Part(name="copy for the checkpoint", place="host", save=FP32 * job.num_copies * job.own)
+    yield _always("copy for checkpoints", "host", FP32 * job.num_copies * job.own)

@@ -38,7 +38,7 @@ class MetricsLog:
         self._unit_hours += row["unit_hours"]
         row = {**row, "unit_hours": self._unit_hours, "unix_s": time.time()}
         _append(self._steps, row)
-        numbers = {name: value for name, value in row.items() if isinstance(value, float) and name != "unix_s"}
+        numbers = {name: value for name, value in row.items() if name not in ("step", "family", "unix_s")}
         for board in self._boards:
             board.write(row["step"], numbers)
         done = row["step"] + 1

@@ -1,22 +1,22 @@
 """A picture of what the model predicts beside what was recorded, on a stretch that it has not seen.
 
-In: a trained model and its store. Out: one PNG: head direction or other behaviour, a raster with rates, traces.
+In: a trained model and its store. Out: a figure or a PNG: head direction or other behaviour, spikes with rates, traces.
 """
 
 from pathlib import Path
 from typing import Any
 
-import matplotlib
+import matplotlib as mpl
 import numpy as np
 import numpy.typing as npt
-
-matplotlib.use("Agg")
-from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
+from matplotlib.colors import LinearSegmentedColormap
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from train.dataset import split_windows
-from train.evaluate import suits
-from train.masking import TASKS, Task, task_mask
+from train.evaluate import spread, suits
+from train.masking import BEHAVIOR, TASKS, Task, task_mask
 from train.sources import token_streams
 from train.trained import Trained
 
@@ -24,14 +24,26 @@ Array = npt.NDArray[Any]
 NUM_WINDOWS = 20
 NUM_UNITS = 40
 NUM_TRACES = 5
+PREDICTED = "#e08a00"
+RATES = LinearSegmentedColormap.from_list("rates", [(*mpl.colors.to_rgb(PREDICTED), alpha) for alpha in (0.0, 1.0)])
 
 
 def draw(trained: Trained, label: str, path: Path) -> None:
-    """Draw one panel pair per kind of prediction that the store allows."""
-    panels = [(task, session) for task in _shown_tasks() if (session := _session(trained, task)) is not None]
-    figure, axes = plt.subplots(len(panels), 1, figsize=(11, 3.2 * len(panels)), squeeze=False, layout="constrained")
-    for axis, (task, session) in zip(axes[:, 0], panels, strict=True):
-        stretch = _predict(trained, label, task, session)
+    """Save `figure` as a PNG, where there is one."""
+    drawn = figure(trained, label)
+    if drawn is not None:
+        drawn.savefig(path, dpi=110)
+
+
+def figure(trained: Trained, label: str, num_windows: int = NUM_WINDOWS) -> Figure | None:
+    """One panel per kind of prediction that the store allows, of a run of neighbouring windows; None without any."""
+    tried = [(task, session) for task in _shown_tasks() if (session := _session(trained, label, task)) is not None]
+    predicted = [(*pair, _predict(trained, label, *pair, num_windows)) for pair in tried]
+    panels = [(task, session, stretch) for task, session, stretch in predicted if len(stretch["truth"])]
+    if not panels:
+        return None
+    drawn = Figure(figsize=(11, 3.2 * len(panels)), layout="constrained")
+    for axis, (task, session, stretch) in zip(drawn.subplots(len(panels), 1, squeeze=False)[:, 0], panels, strict=True):
         entry = trained.store.entries[session]
         panel = {"spikes": _raster, "traces": _traces, "behavior": _behavior}[task.modality]
         panel(axis, trained, session, stretch)
@@ -40,8 +52,7 @@ def draw(trained: Trained, label: str, path: Path) -> None:
             f"{task.modality}: {task.family.replace('_', '-')} from {seen}   ({entry['session_id']}, {label})"
         )
         axis.set_xlabel("time in the split (s)")
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
+    return drawn
 
 
 def _shown_tasks() -> list[Task]:
@@ -54,15 +65,17 @@ def _shown_tasks() -> list[Task]:
     return list(best.values())
 
 
-def _session(trained: Trained, task: Task) -> int | None:
-    return next((i for i, entry in enumerate(trained.store.entries) if suits(task, entry)), None)
+def _session(trained: Trained, label: str, task: Task) -> int | None:
+    """The first that has what the task needs, and a window of the split."""
+    entries = trained.store.entries
+    return next((i for i, entry in enumerate(entries) if suits(task, entry) and spread(trained, label, i, 1)), None)
 
 
-def _predict(trained: Trained, label: str, task: Task, session: int) -> dict[str, Array]:
+def _predict(trained: Trained, label: str, task: Task, session: int, num_windows: int) -> dict[str, Array]:
     """Samples of a run of neighbouring windows: time (n,), source (n,), truth (n,), prediction (n,), null (n,)."""
     context_s = trained.run.data.context_s
     windows = split_windows(trained.store, label, context_s, context_s)
-    starts = [windows.locate(i)[1] for i in range(len(windows)) if windows.locate(i)[0] == session][:NUM_WINDOWS]
+    starts = [windows.locate(i)[1] for i in windows.of_sessions().get(session, range(0))[:num_windows]]
     parts = []
     for start in starts:
         window = trained.reader.read(session, start, windows.context_ns)
@@ -93,14 +106,20 @@ def _series(stretch: dict[str, Array], source: int) -> tuple[Array, Array, Array
 def _raster(axis: Axes, trained: Trained, session: int, stretch: dict[str, Array]) -> None:
     """Predicted rate as colour (relative to the unit's range), recorded spikes as dots."""
     units = np.unique(stretch["source"])[:NUM_UNITS]
-    rates = np.stack([_series(stretch, int(unit))[2] for unit in units])
-    shade = (rates - rates.min(1, keepdims=True)) / np.maximum(np.ptp(rates, axis=1, keepdims=True), 1e-9)
+    times, column = np.unique(stretch["time_s"].round(6), return_inverse=True)
+    rates = np.full((len(units), len(times)), np.nan)  # a unit may not be observed all the time
+    own = np.isin(stretch["source"], units)
+    rates[np.searchsorted(units, stretch["source"][own]), column[own]] = stretch["prediction"][own]
+    low, high = np.nanmin(rates, 1, keepdims=True), np.nanmax(rates, 1, keepdims=True)
+    shade = (rates - low) / np.maximum(high - low, 1e-9)
     stop_s = float(stretch["time_s"].max()) + 0.02
-    axis.imshow(shade, aspect="auto", origin="lower", cmap="Oranges", extent=(0, stop_s, -0.5, len(units) - 0.5))
+    axis.imshow(shade, aspect="auto", origin="lower", cmap=RATES, extent=(0, stop_s, -0.5, len(units) - 0.5))
     for row, unit in enumerate(units):
         time_s, counts, _ = _series(stretch, int(unit))
-        axis.plot(time_s[counts > 0], np.full(int((counts > 0).sum()), row), "k|", markersize=3.5, markeredgewidth=0.7)
-    axis.set_ylabel("unit (dots: spikes,\ncolour: predicted rate)")
+        axis.plot(time_s[counts > 0], np.full(int((counts > 0).sum()), row), "|", color=_ink(), ms=3.5, mew=0.7)
+    axis.grid(False)
+    axis.yaxis.set_major_locator(MaxNLocator(8, integer=True))
+    axis.set_ylabel("unit (marks: spikes,\ncolour: predicted rate)")
 
 
 def _traces(axis: Axes, trained: Trained, session: int, stretch: dict[str, Array]) -> None:
@@ -109,36 +128,42 @@ def _traces(axis: Axes, trained: Trained, session: int, stretch: dict[str, Array
     explained = [_explained(stretch, int(unit)) for unit in units]
     for row, unit in enumerate(units[np.argsort(explained)[::-1][:NUM_TRACES]]):
         time_s, truth, prediction = _series(stretch, int(unit))
-        axis.plot(time_s, truth + 5 * row, color="0.35", linewidth=0.9, label="recorded" if row == 0 else None)
-        axis.plot(time_s, prediction + 5 * row, color="C1", linewidth=1.4, label="predicted" if row == 0 else None)
+        axis.plot(time_s, truth + 5 * row, color=_ink(), linewidth=0.9, label="recorded" if row == 0 else None)
+        axis.plot(time_s, prediction + 5 * row, color=PREDICTED, linewidth=1.4, label="predicted" if row == 0 else None)
     axis.set_ylabel("best ROIs (standardised)")
-    axis.legend(loc="upper right")
+    axis.legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=2)
 
 
 def _behavior(axis: Axes, trained: Trained, session: int, stretch: dict[str, Array]) -> None:
     """An angle where there is one (cos and sin put together), else the first channel."""
-    channels = _channels(trained, session)
     sources = trained.reader.sources(session)
-    place = {name: i for i, name in enumerate(channels)}
-    angle = next((name[: -len("/cos")] for name in channels if name.endswith("/cos")), None)
-    order = np.unique(stretch["source"])
+    channels = dict(zip(_channels(trained, session), np.flatnonzero(sources.modality == BEHAVIOR), strict=True))
+    observed = {name: int(source) for name, source in channels.items() if source in stretch["source"]}
+    angles = (name.removesuffix("/cos") for name in observed if name.endswith("/cos"))
+    angle = next((name for name in angles if f"{name}/sin" in observed), None)
     if angle is None:
-        time_s, truth, prediction = _series(stretch, int(order[0]))
-        axis.plot(time_s, truth, ".", color="0.35", label="recorded")
-        axis.plot(time_s, prediction, ".", color="C1", label="predicted")
-        axis.set_ylabel(f"{channels[0]} (standardised)")
+        name, source = next(iter(observed.items()))
+        time_s, truth, prediction = _series(stretch, source)
+        axis.plot(time_s, truth, ".", color=_ink(), label="recorded")
+        axis.plot(time_s, prediction, ".", color=PREDICTED, label="predicted")
+        axis.set_ylabel(f"{name} (standardised)")
     else:
         physical = []
         for part in ("cos", "sin"):
-            source = int(order[place[f"{angle}/{part}"]])
+            source = observed[f"{angle}/{part}"]
             time_s, *values = _series(stretch, source)
             physical.append([value * sources.scale[source] + sources.mean[source] for value in values])
         (cos, cos_predicted), (sin, sin_predicted) = physical
-        axis.plot(time_s, np.degrees(np.arctan2(sin, cos)) % 360, ".", color="0.35", label="recorded")
+        axis.plot(time_s, np.degrees(np.arctan2(sin, cos)) % 360, ".", color=_ink(), label="recorded")
         predicted = np.degrees(np.arctan2(sin_predicted, cos_predicted)) % 360
-        axis.plot(time_s, predicted, ".", color="C1", markersize=3, label="predicted")
+        axis.plot(time_s, predicted, ".", color=PREDICTED, markersize=3, label="predicted")
         axis.set_ylabel(f"{angle} (degrees)")
-    axis.legend(loc="upper right")
+    axis.legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=2)
+
+
+def _ink() -> str:
+    """What was recorded is drawn in the colour of the text, which a page may change."""
+    return str(mpl.rcParams["text.color"])
 
 
 def _channels(trained: Trained, session: int) -> list[str]:

@@ -11,7 +11,7 @@ from train.memory import MOMENTS
 from train.plan import GIB, Plan
 
 WIDTH = 120  # of lines in a pipe
-HEADS = {"passes": "in the passes", "reduction": "at their end", "step": "optimizer step", "save": "checkpoint"}
+HEADS = {"passes": "in the passes", "reduction": "at their end", "step": "optimizer step"}
 PLACES = {"device": "GPU", "host": "host", "disk": "disk"}
 
 

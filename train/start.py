@@ -1,6 +1,7 @@
 """`python -m train train`: prepare the run folder, then start the ranks of the hostfile.
 
-In: a run's YAML, a store, a hostfile. Out: runs/<name>/ with the resolved configuration, and the launcher's exit code.
+In: a run's YAML, a store, a hostfile; for a branch, a checkpoint of another run. Out: runs/<name>/ with the resolved
+configuration, and the launcher's exit code.
 """
 
 import argparse
@@ -25,6 +26,13 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", type=Path, required=True, help="run folder; a run that is there goes on")
     parser.add_argument("--hostfile", type=Path, required=True, help="made by `make hostfile`")
     parser.add_argument("--resume", choices=["auto", "must", "never"], default="auto")
+    parser.add_argument(
+        "--from",
+        type=Path,
+        dest="origin",
+        metavar="RUN_DIR[/checkpoints/step-N]",
+        help="a new run that goes on from another's checkpoint and decays over train.decay_steps (train.schedule=wsd)",
+    )
     parser.add_argument("--dry-run", action="store_true", help="print what would run where, and stop")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="for instance train.num_steps=100")
 
@@ -42,11 +50,42 @@ def main(args: argparse.Namespace) -> int:
     if args.dry_run:
         print(launch.plan(hosts, command, args.out / "logs", os.environ))
         return 0
-    prepare(run, store, args.out, args.resume)
+    run, origin = branch(run, args.origin, args.out) if args.origin else (run, None)
+    prepare(run, store, args.out, args.resume, origin)
     return launch.launch(hosts, command, args.out / "logs", os.environ)
 
 
-def prepare(run: config.RunConfig, store: Store, out: Path, resume: str = "auto") -> None:
+def branch(run: config.RunConfig, start: Path, out: Path) -> tuple[config.RunConfig, Path]:
+    """A run that begins at another's checkpoint and only decays, and that checkpoint.
+
+    Raises:
+        ConfigError: the schedule does not decay, or the other run's data or model are not this one's.
+        CheckpointError: there is no sealed checkpoint.
+    """
+    if run.train.schedule != "wsd" or not run.train.decay_steps:
+        raise ConfigError(
+            f"--from {start} decays from a checkpoint, but train.schedule is {run.train.schedule} and "
+            f"train.decay_steps is {run.train.decay_steps}. Give train.schedule=wsd train.decay_steps=N."
+        )
+    from train import checkpoint  # seconds: only for a branch
+
+    origin = origin_of(out)  # where it began, if it has: the other run may be further by now
+    if origin is None:
+        is_one = (start / "manifest.json").exists()
+        origin = (checkpoint.open_checkpoint(start) if is_one else checkpoint.newest_of_run(start)).path.resolve()
+        _check_goes_on(config.load(origin.parent.parent / "config.yaml"), run, origin)
+    num_steps = checkpoint.step_of(origin) + run.train.decay_steps
+    return replace(run, train=replace(run.train, num_steps=num_steps)), origin
+
+
+def origin_of(out: Path) -> Path | None:
+    """The checkpoint of another run that a run began with."""
+    path = out / "run.json"
+    origin = json.loads(path.read_text()).get("origin") if path.exists() else None
+    return None if origin is None else Path(origin)
+
+
+def prepare(run: config.RunConfig, store: Store, out: Path, resume: str = "auto", origin: Path | None = None) -> None:
     """Write the resolved configuration; a run that is there may go on longer, but not become another model."""
     out.mkdir(parents=True, exist_ok=True)
     path = out / "config.yaml"
@@ -57,19 +96,24 @@ def prepare(run: config.RunConfig, store: Store, out: Path, resume: str = "auto"
             "Give another OUT, or remove that one."
         )
     if path.exists() and has_checkpoints:
-        before = config.load(path)
-        if (before.model, before.data.context_s) != (run.model, run.data.context_s):
-            raise ConfigError(
-                f"{out} holds a run of another model ({before.model}). Give another OUT, or the same model."
-            )
-        if order(before) != order(run):
-            raise ConfigError(
-                f"{out} has trained on data in another order: seed, data (but num_workers and bad_windows), and of"
-                " train global_batch_size, families and context_schedule must stay as they were. Give another OUT, or "
-                "leave them as in its config.yaml."
-            )
+        _check_goes_on(config.load(path), run, out)
     run.save(path)
-    (out / "run.json").write_text(json.dumps({"store": store.address}, indent=1))
+    origin = origin or origin_of(out)
+    content = {"store": store.address, "origin": None if origin is None else str(origin)}
+    (out / "run.json").write_text(json.dumps(content, indent=1))
+
+
+def _check_goes_on(before: config.RunConfig, run: config.RunConfig, where: Path) -> None:
+    if (before.model, before.data.context_s) != (run.model, run.data.context_s):
+        raise ConfigError(
+            f"{where} holds a run of another model ({before.model}). Give another OUT, or the same model."
+        )
+    if order(before) != order(run):
+        raise ConfigError(
+            f"{where} has trained on data in another order: seed, data (but num_workers and bad_windows), and of"
+            " train global_batch_size, families and context_schedule must stay as they were. Give another OUT, or "
+            "leave them as in its config.yaml."
+        )
 
 
 def order(run: config.RunConfig) -> tuple[object, ...]:

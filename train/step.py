@@ -13,8 +13,9 @@ from torch import Tensor
 
 from prep.settings import MODALITIES
 from train import usage
-from train.engine import Engine, lr_factor
+from train.engine import Engine
 from train.loader import Feed, to_device
+from train.schedule import lr_factor
 
 PREDICTED = MODALITIES[:3]  # the stimulus is only seen
 
@@ -57,7 +58,6 @@ def _row(
         "family": train.families[step % len(train.families)],
         "loss": total["loss"] / num_ranks,
         "lr": train.lr * lr_factor(step, train),
-        "gradient_norm": engine.gradient_norm(),
         "tokens_per_s": total["tokens"] / seconds,
         "unit_hours": total["unit_hours"],
         "flops": total["flops"],
@@ -67,7 +67,9 @@ def _row(
         "peak_memory_bytes": usage.peak_memory_bytes(engine.device),
         "skipped_windows": int(total["skipped_windows"]),
     }
-    peak = usage.peak_flops(engine.config, engine.device)
+    norm, peak = engine.gradient_norm(), usage.peak_flops(engine.config, engine.device)
+    if norm is not None:
+        row["gradient_norm"] = norm
     if peak is not None:
         row["mfu"] = total["flops"] / seconds / (peak * num_ranks)
     for name in PREDICTED:

@@ -48,7 +48,7 @@ def full_save(table: UnitTable) -> int:
     The same on all ranks, which all call it: rows since then are fewer than half of what a full save would have.
     """
     device = table.weight.device
-    step = torch.tensor(_full_step(table.saved_in), device=device)
+    step = torch.tensor(_full_step(table), device=device)
     dist.broadcast(step, 0)  # what is on disk, one rank says
     moved_at = table.state()["moved_at"]
     counts = torch.stack([(moved_at > step).sum(), (moved_at > 0).sum()])
@@ -57,21 +57,21 @@ def full_save(table: UnitTable) -> int:
     return int(step) if 2 * since < ever else 0
 
 
-def link_full_save(table: UnitTable, step: int, folder: Path) -> dict[str, Any]:
-    """Put the files of the full save of a step into a new checkpoint; their entries of the manifest.
+def link_full_save(saved_in: Path | None, step: int, folder: Path) -> dict[str, Any]:
+    """Put the files of the full save of a step, which `saved_in` has, into a new checkpoint; their entries there.
 
     The digests are those of the full save: were the files read again, damage since then would be sealed as sound.
     """
     if step == 0:
         return {}
-    assert table.saved_in is not None
-    manifest = json.loads((table.saved_in / "manifest.json").read_text())
+    assert saved_in is not None
+    manifest = json.loads((saved_in / "manifest.json").read_text())
     entries = {name: entry for name, entry in manifest["files"].items() if name.startswith(f"units-{step:08d}-")}
     for name in entries:
         try:
-            os.link(table.saved_in / name, folder / name)
+            os.link(saved_in / name, folder / name)
         except OSError:  # a file system without links
-            shutil.copyfile(table.saved_in / name, folder / name)
+            shutil.copyfile(saved_in / name, folder / name)
     return entries
 
 
@@ -102,8 +102,8 @@ def _names(folder: Path) -> set[str]:
     return {path.name for path in folder.glob("units-*.safetensors")}
 
 
-def _full_step(folder: Path | None) -> int:
-    """Step of the full save in a checkpoint that is still there; 0: none."""
-    if folder is None or not (folder / "manifest.json").exists():
+def _full_step(table: UnitTable) -> int:
+    """Step of the full save in the checkpoint that the table was last saved in, where it is still there; 0: none."""
+    if table.saved_in is None or not (table.saved_in[0] / "manifest.json").exists():
         return 0
-    return min((int(name.split("-")[1]) for name in _names(folder)), default=0)
+    return min((int(name.split("-")[1]) for name in _names(table.saved_in[0])), default=0)

@@ -57,12 +57,7 @@ def load_trained(run_dir: Path) -> Trained:
         return load_adapted(run_dir)
     run = config.load(run_dir / "config.yaml")
     store = Store(json.loads((run_dir / "run.json").read_text())["store"])
-    found, passed_over = checkpoint.newest(run_dir / "checkpoints")
-    if found is None:
-        raise checkpoint.CheckpointError(
-            f"{run_dir / 'checkpoints'} has no sealed checkpoint ({len(passed_over)} damaged). "
-            f"Train first: make train OUT={run_dir}"
-        )
+    found = checkpoint.newest_of_run(run_dir)
     shape = model_config(run)
     model = BrainloomForPreTraining(shape)
     model.load_state_dict(checkpoint.full_state(found))

@@ -72,7 +72,7 @@ class UnitTable:
         keys: of the rows held here, in the order of `state()`.
         place: where each row of the whole table is held (R,), by its number in batches (table_exchange.py).
         norm: of the whole table's gradient, the mean over ranks; known after `exchange`.
-        saved_in: the sealed checkpoint that these rows were loaded from, or were last saved in (table_files.py).
+        saved_in: the sealed checkpoint these rows were loaded from or last saved in, and its step (table_files.py).
     """
 
     def __init__(
@@ -92,7 +92,7 @@ class UnitTable:
         if averages:
             self._state["average"] = rows
         self.norm = torch.zeros((), device=device)
-        self.saved_in: Path | None = None
+        self.saved_in: tuple[Path, int] | None = None
         self.discard()
         self.grow(keys)
 
@@ -138,10 +138,11 @@ class UnitTable:
         self._gradient: tuple[Tensor, Tensor] | None = None
 
     def fetch(self, *rows: Tensor) -> None:
-        """Begin to gather the rows of all micro-batches of a step, each once: the lookups until `step` find them here.
+        """Begin a step: gather the rows of all its micro-batches, each once; the lookups until `step` find them here.
 
-        All ranks call it. Rows move in `step` alone, so that this may be done before the first forward.
+        All ranks call it. Rows move in `step` alone, so that the exchange may go on while the first forward begins.
         """
+        self.discard()
         self._ahead = self._fetch(*rows)
 
     def lookup(self, rows_BS: Tensor) -> Tensor:
@@ -192,6 +193,8 @@ class UnitTable:
         if self._gradient is None:
             self.exchange()
         assert self._gradient is not None
+        if self.saved_in is not None and number <= self.saved_in[1]:
+            self.saved_in = None  # steps are counted anew: `moved_at` does not say what has moved since that checkpoint
         slots, gradient = self._gradient
         gradient = gradient * scale
         state, (first, second) = self._state, BETAS

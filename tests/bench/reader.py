@@ -1,164 +1,204 @@
-"""How many random windows a second the reader gives, against bare memmaps of the same values in the same run.
+"""How many random windows a second training gets from a store, beside bare memmaps and peers, in turns.
 
-In: a folder for a store of about 0.5 GB (600 units, 2,000 ROIs, video index, behaviour; 30 minutes), made where it is
-missing. Out: a table. `python tests/bench/reader.py FOLDER [SECONDS]`; the files are in the page cache when it counts.
+In: the benchmark's recording (0.6 GB), ingested where it is not yet. Out: tables on stdout; with `--write` a section
+of RESULTS.md. `python -W ignore tests/bench/reader.py [--no-peers] [--write]`; the files are in the page cache.
 """
 
+import argparse
+import itertools
+import json
+import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import replace
+from collections.abc import Iterator
+from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
 import numpy as np
+import torch
 
-from prep import catalog
-from prep.settings import COUNT_MISSING, SPLITS, Kind
-from prep.shards import Array, create_rows, write_array, write_group, write_shard
-from prep.store import Session, Store, StreamSpec, create_stream, seal
+HERE = Path(__file__).parent
+ROOT = HERE.parents[1]
+sys.path[:0] = [str(HERE), str(ROOT)]
 
-NS = 1_000_000_000
-ORIGIN_NS = 12_000_000 * NS
-DURATION_S = 1800
-WINDOW_NS = 2 * NS
-TOKEN_NS = NS // 10
-FOLDER = "bench/recording.zarr"
-STREAMS: dict[str, tuple[Kind, int, int, int]] = {  # kind, sources, samples per token, duration of a token
-    "spikes": ("counts", 600, 5, TOKEN_NS),
-    "rois": ("trace", 2000, 2, TOKEN_NS),
-    "video": ("frames", 1, 1, NS // 30),
-    "running": ("trace", 2, 10, TOKEN_NS),
-    "pupil": ("trace", 3, 6, TOKEN_NS),
-}
+from make_nwb import Size, cache, recording  # noqa: E402
+from measure import run as run_script  # noqa: E402
+from peers.environment import READING, interpreter  # noqa: E402
+from run import WORKER, Results, head  # noqa: E402
+from science.results import write_section  # noqa: E402
+from windows import WINDOW_NS, Read, Windows, copied_into, in_turns  # noqa: E402
 
+from prep.store import Session, Store  # noqa: E402
+from train import config  # noqa: E402
+from train.build import model_config  # noqa: E402
+from train.loader import TrainingSamples, _read_ahead, batches  # noqa: E402
 
-def specification(name: str) -> StreamSpec:
-    """One of STREAMS."""
-    kind, num_sources, samples, duration_ns = STREAMS[name]
-    return StreamSpec(
-        name=name,
-        kind=kind,
-        modality="behavior",
-        num_tokens=DURATION_S * NS // duration_ns,
-        num_sources=num_sources,
-        samples_per_token=samples,
-        duration_ns=duration_ns,
-        sample_ns=duration_ns // samples,
-        channels=tuple(str(number) for number in range(num_sources)),
-    )
+MEMMAP, OWN, WHOLE = "bare memmap, places known", "Brainloom's reader", "whole windows, as batches"
+NUM_WINDOWS, BATCH = 5_000, 16
+MIN_SHARE, MIN_DELIVERED, MAX_OPEN_MS, MAX_SIZE = 0.5, 2_000.0, 0.4, 1.05
+SAMPLES = ["train.num_steps=100000", "train.families=[co_smoothing+decoding, encoding, forecasting]"]
 
 
-def draw(spec: StreamSpec, rng: np.random.Generator) -> Array:
-    """Values (K, S, P): spikes at rates that are log-normal around 4 Hz, noise for the rest."""
-    if spec.kind == "counts":
-        rate_hz = np.exp(rng.normal(1.0, 1.0, spec.num_sources)).astype(np.float32)
-        counts = rng.poisson(np.broadcast_to(rate_hz[None, :, None] * 0.02, spec.shape))
-        return np.minimum(counts, COUNT_MISSING - 1).astype(np.uint8)
-    if spec.kind == "frames":
-        return np.arange(spec.num_tokens, dtype=np.int32).reshape(spec.shape)
-    return rng.standard_normal(spec.shape, np.float32)
+def made(minutes: float) -> tuple[Path, Session]:
+    """A folder with the store, the bare values of each stream, and windows that start anywhere."""
+    path, folder = recording(Size(minutes=minutes)), cache() / f"reader-{minutes:g}"
+    if not (folder / "windows.npz").exists():
+        folder.mkdir(exist_ok=True)
+        run_script(HERE / "prep_once.py", path, folder / "store", **WORKER)
+        _write_bare(folder, Store(folder / "store").session(0))
+    return folder, Store(folder / "store").session(0)
 
 
-def make_store(root: Path, is_raw: bool) -> None:
-    """One sealed session; `is_raw`: the counts uncompressed too."""
-    rng, session = np.random.default_rng(0), root / FOLDER
-    write_group(session, {"brainloom": {}})
-    for name in STREAMS:
-        spec = specification(name)
-        rows = replace(spec.rows(), codec="raw") if is_raw else spec.rows()
-        create_stream(session, spec, ORIGIN_NS + np.arange(spec.num_tokens) * spec.duration_ns)
-        folder = session / "streams" / name
-        create_rows(folder / "values", rows)
-        values = draw(spec, rng)
-        for shard, start in enumerate(range(0, spec.num_tokens, rows.shard_rows)):
-            write_shard(folder / "values", rows, shard, values[start : start + rows.shard_rows])
-        for part in ("mean", "scale"):
-            write_array(folder / part, np.ones(spec.num_sources, np.float32))
-        (root / "bare").mkdir(exist_ok=True)
-        values.tofile(root / "bare" / name)
-    seal(session, session_entry())
-    catalog.write(root)
+def _write_bare(folder: Path, session: Session) -> None:
+    streams = [session.stream(name) for name in session.stream_names]
+    described = {}
+    for stream in streams:
+        stream.read(slice(0, stream.spec.num_tokens)).tofile(folder / stream.spec.name)
+        values = folder / "store" / session.entry["path"] / "streams" / stream.spec.name / "values"
+        kind = {"dtype": stream.rows.spec.dtype, "shape": stream.spec.shape, "path": str(values)}
+        described[stream.spec.name] = kind
+    (folder / "streams.json").write_text(json.dumps(described))
+    begin_ns = max(int(stream.start_ns[0]) for stream in streams)
+    end_ns = min(int(stream.start_ns[-1]) for stream in streams)
+    start_ns = np.random.default_rng(1).integers(begin_ns, end_ns - WINDOW_NS, NUM_WINDOWS)
+    spans = [[stream.start_ns.searchsorted((at, at + WINDOW_NS)) for stream in streams] for at in start_ns]
+    np.savez(folder / "windows.npz", start_ns=start_ns, tokens=np.array(spans))
 
 
-def session_entry() -> dict[str, Any]:
-    """What the catalog says of the session: what a reader asks for."""
-    specs = [specification(name) for name in sorted(STREAMS)]
-    streams = [{"name": spec.name, "num_tokens": spec.num_tokens, "types": [], "stimulus": None} for spec in specs]
-    ids = {"dataset_id": "bench", "session_id": "recording", "path": FOLDER}
-    versions = {"recipe_digest": "0" * 64, "features_version": 0, "sources": []}
-    return {**ids, **versions, "streams": streams, "num_units": 0, "split_labels": list(SPLITS)}
+def from_store(session: Session, windows: Windows) -> Read:
+    """A window's values as the store's reader gives them, from a time alone."""
+    starts_ns = windows.start_ns.tolist()
+    streams = [session.stream(name) for name in windows.streams]
 
-
-def from_store(session: Session) -> Callable[[int], list[Array]]:
-    """A window's values as the store's reader gives them."""
-
-    def read(start_ns: int) -> list[Array]:
-        streams = [session.stream(name) for name in STREAMS]
+    def read(number: int) -> list[np.ndarray]:
+        start_ns = starts_ns[number]
         return [stream.read(stream.tokens(start_ns, start_ns + WINDOW_NS)) for stream in streams]
 
     return read
 
 
-def from_memmaps(root: Path) -> Callable[[int], list[Array]]:
-    """A window's values by one slice of one bare memmap per stream: the limit."""
-    held = []
-    for name in STREAMS:
-        spec = specification(name)
-        values = np.memmap(root / "bare" / name, spec.rows().dtype, "r", shape=spec.shape)
-        held.append((np.asarray(values), spec.duration_ns))
-
-    def read(start_ns: int) -> list[Array]:
-        offset_ns = start_ns - ORIGIN_NS
-        return [values[-(-offset_ns // step) : -(-(offset_ns + WINDOW_NS) // step)] for values, step in held]
-
-    return read
+def compare(session: Session, windows: Windows) -> float:
+    """Every window's values against the bare ones, each chunk for the first time. Returns seconds of CPU."""
+    began_s, ours, bare = time.process_time(), from_store(session, windows), windows.memmaps()
+    for number in range(len(windows)):
+        pairs = zip(ours(number), bare(number), strict=True)
+        if not all(np.array_equal(a, b, equal_nan=a.dtype.kind == "f") for a, b in pairs):
+            raise SystemExit(f"window {number} differs from the bare values")
+    return time.process_time() - began_s
 
 
-def rate(read: Callable[[int], list[Array]], starts: Sequence[int], seconds: float, is_copied: bool) -> float:
-    """Windows per second of CPU (the machine may be shared); copied, as into a batch, or merely pointed at."""
-    count, begin = 0, time.process_time()
-    while (took := time.process_time() - begin) < seconds:
-        for start in starts[count % len(starts) :][:50]:
-            for values in read(start):
-                if is_copied:
-                    values.copy()
-        count += 50
-    return count / took
+def delivered(session: Session, windows: Windows) -> Iterator[None]:
+    """Windows as batches that another thread has filled, one by one, as the training process takes them."""
+    read, order = from_store(session, windows), itertools.cycle(range(len(windows)))
+
+    def filled() -> dict[str, torch.Tensor]:
+        room = windows.room(BATCH)
+        for place, number in enumerate(itertools.islice(order, BATCH)):
+            for values, stream in zip(read(number), room, strict=True):
+                stream[place, : len(values)] = values
+        return {name: torch.from_numpy(stream) for name, stream in zip(windows.streams, room, strict=True)}
+
+    for _ in _read_ahead((filled(), []) for _ in itertools.count()):
+        yield from itertools.repeat(None, BATCH)
 
 
-def main(folder: Path, seconds: float) -> None:
-    """Make what is missing, warm, check that all roads give the same, count, print."""
-    rng = np.random.default_rng(1)
-    last_ns = DURATION_S * NS - WINDOW_NS
-    starts = [ORIGIN_NS + int(start) for start in rng.integers(0, last_ns, 10_000)]
-    roads: dict[str, Callable[[int], list[Array]]] = {}
-    for name, is_raw in (("counts zstd, as prep writes them", False), ("counts raw", True)):
-        root = folder / ("raw" if is_raw else "zstd")
-        if not (root / "catalog.json").exists():
-            make_store(root, is_raw)
-        begin = time.perf_counter()
-        session = Store(root).session(0)
-        roads[name] = from_store(session)
-        roads[name](starts[0])
-        print(f"{name}: store, session and first window in {(time.perf_counter() - begin) * 1e3:.1f} ms")
-        roads["bare memmap"] = from_memmaps(root)
-    for name, read in roads.items():
-        begin = time.perf_counter()
-        for start in range(ORIGIN_NS, ORIGIN_NS + last_ns, WINDOW_NS):
-            same = zip(read(start), roads["bare memmap"](start), strict=True)
-            assert all(np.array_equal(ours, bare) for ours, bare in same)
-        print(f"{name}: every window, first touch, compared with the bare ones: {time.perf_counter() - begin:.2f} s")
-    size = sum(values.nbytes for values in roads["bare memmap"](starts[0]))
-    print(f"random windows of {WINDOW_NS / NS:.0f} s ({size / 1e3:.0f} kB) per CPU second")
-    for is_copied in (True, False):
-        best = dict.fromkeys(roads, 0.0)
-        for _ in range(3):  # in turn, as the machine's load varies
-            best = {name: max(best[name], rate(read, starts, seconds, is_copied)) for name, read in roads.items()}
-        for name, found in best.items():
-            share = found / best["bare memmap"]
-            print(f"  {'copied ' if is_copied else 'pointed'} {name:<34} {found:>9,.0f}  {share:6.1%} of the limit")
+def samples(store: Path) -> Iterator[None]:
+    """Samples of the debug configuration as the loop takes them: units drawn, masked, standardised, in batches."""
+    run = config.load(ROOT / "train/configs/debug.yaml", SAMPLES)
+    for batch in batches(TrainingSamples(store, run, model_config(run)), 0, 0, 1):
+        yield from itertools.repeat(None, len(batch["labels"]))
+
+
+def bench_own(results: Results, folder: Path, session: Session) -> None:
+    """The reader, batches and samples, each in turns with memmaps."""
+    windows = Windows(folder)
+    first_s = compare(session, windows)
+    size = sum(part.nbytes for part in windows.memmaps()(0))
+    results.say(
+        f"A window: {WINDOW_NS / 1e9:g} s from any start, {size / 1e3:.0f} kB in {len(windows.streams)} streams."
+    )
+    results.say(
+        f"{len(windows):,} windows on first touch, digests checked, equal to the bare ones: {first_s:.1f} CPU s."
+    )
+    roads = {
+        MEMMAP: copied_into(windows.memmaps(), windows.room(), len(windows)),
+        OWN: copied_into(from_store(session, windows), windows.room(), len(windows)),
+        WHOLE: delivered(session, windows),
+        "training samples, debug, as batches": samples(folder / "store"),
+    }
+    found = in_turns(roads, results.args.turns, results.args.seconds)
+    limit, whole = found[MEMMAP], found[WHOLE]
+    results.say("Windows per second of CPU, copied into arrays that are there already; medians over turns:", "")
+    shares = {name: float(np.median(np.array(rates) / limit)) for name, rates in found.items()}
+    rows = [(name, float(np.median(rates)), f"{shares[name]:.0%}") for name, rates in found.items()]
+    results.table(("what", "windows/s", "of memmap"), rows)
+    results.verdict("the reader, of memmap", shares[OWN], MIN_SHARE, least=True)
+    results.verdict("whole windows as batches", float(np.median(whole)), MIN_DELIVERED, least=True, unit="/s")
+
+
+def bench_open(results: Results, folder: Path) -> None:
+    """What it takes to open a session whose files are in the page cache, and how large the store is."""
+    store, alone, whole = Store(folder / "store"), [], []
+    for _ in range(300):
+        store._open.clear()
+        began_s = time.perf_counter()
+        session = store.session(0)
+        alone.append(time.perf_counter() - began_s)
+        for name in session.stream_names:
+            session.stream(name)
+        whole.append(time.perf_counter() - began_s)
+    results.verdict("a session opened, its manifest checked", min(alone) * 1e3, MAX_OPEN_MS, unit=" ms")
+    results.say(f"With all its streams, their clocks and statistics checked: {min(whole) * 1e3:.2f} ms.", "")
+    on_disk = sum(path.stat().st_size for path in (folder / "store" / "bench").rglob("*") if path.is_file())
+    raw = sum((folder / name).stat().st_size for name in Windows(folder).streams)
+    clocks = sum(8 * stream["shape"][0] for stream in Windows(folder).streams.values())
+    results.say(f"On disk {on_disk / 1e6:,.1f} MB; values {raw / 1e6:,.1f} MB, clocks {clocks / 1e6:,.1f} MB.")
+    results.verdict("the session on disk, of its values and clocks", on_disk / (raw + clocks), MAX_SIZE, unit="x")
+
+
+def bench_peers(results: Results, folder: Path) -> None:
+    """Other readers of the same windows, each in a process and an environment of its own, in turns with memmaps."""
+    path = recording(Size(minutes=results.args.minutes))
+    rows: list[tuple[str, float | str, str, str]] = []
+    for peer in READING:
+        try:
+            python = interpreter(peer)
+            if peer.script:
+                run_script(HERE / "peers" / peer.script, path, folder, python=python)
+            command = [python, HERE / "peers" / "read_windows.py", *peer.args, folder]
+            command += [results.args.turns, results.args.seconds]
+            done = subprocess.run([str(part) for part in command], check=True, capture_output=True, text=True)
+        except subprocess.CalledProcessError as error:
+            why = (str(error.stderr).strip().splitlines() or ["it failed"])[-1]
+            rows.append((peer.name, "-", "-", f"does not run here: {why[:200]}"))
+            continue
+        found = {name: np.array(rates) for name, rates in json.loads(done.stdout.splitlines()[-1]).items()}
+        share = float(np.median(found["peer"] / found["memmap"]))
+        rows.append((peer.name, float(np.median(found["peer"])), f"{share:.1%}", peer.unfair))
+    results.say("The same windows by peers, each in turns with memmaps in its own process:", "")
+    results.table(("what", "windows/s", "of memmap", "what is unfair in it"), rows)
+
+
+def main() -> None:
+    """Make what is missing, measure, say what was promised."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--minutes", type=float, default=30.0, help="length of the recording (%(default)s)")
+    parser.add_argument("--turns", type=int, default=5, help="of all that is compared (%(default)s)")
+    parser.add_argument("--seconds", type=float, default=1.0, help="CPU seconds of each in a turn (%(default)s)")
+    parser.add_argument("--no-peers", action="store_true", help="without the environments of others")
+    parser.add_argument("--write", action="store_true", help="write the section of RESULTS.md")
+    results = Results(parser.parse_args())
+    folder, session = made(results.args.minutes)
+    torch.set_num_threads(1)
+    head(results, "Random windows from a store", "python -W ignore tests/bench/reader.py --write")
+    results.say(f"torch {version('torch')}.", "")
+    bench_own(results, folder, session)
+    bench_open(results, folder)
+    if not results.args.no_peers:
+        bench_peers(results, folder)
+    if results.args.write:
+        write_section(HERE / "RESULTS.md", "make bench, reading", "\n".join(results.lines))
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), float(sys.argv[2]) if len(sys.argv) > 2 else 2.0)
+    main()

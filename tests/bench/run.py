@@ -281,13 +281,11 @@ def _costs(results: Results, rows: Sequence[tuple[str, Cost]]) -> None:
 # ---------------------------------------------------------------- the command
 
 
-def head(results: Results) -> None:
+def head(results: Results, title: str, command: str) -> None:
     """What was run, on what."""
     cpu = next((line.split(":")[1].strip() for line in _lines("/proc/cpuinfo") if line.startswith("model name")), "")
     libraries = ", ".join(f"{name} {version(name)}" for name in ("numpy", "h5py", "numcodecs", "zarr", "dask"))
-    results.say(
-        "# The benchmark of prep", "", f"`make bench`, {datetime.date.today()}. Written by the run; do not edit.", ""
-    )
+    results.say(f"# {title}", "", f"`{command}`, {datetime.date.today()}. Written by the run; do not edit.", "")
     results.say(f"{cpu}, {os.cpu_count()} cores; load average {os.getloadavg()[0]:.1f} when the run began.", "")
     results.say(f"Python {platform.python_version()}, {libraries}.", "")
     results.say(
@@ -311,7 +309,7 @@ def main() -> None:
     parser.add_argument("--repeat", type=int, default=2, help="runs of which the best counts (%(default)s)")
     results = Results(parser.parse_args())
     began = time.monotonic()
-    head(results)
+    head(results, "The benchmark of prep", "make bench")
     for section in SECTIONS:
         if section in results.args.only:
             globals()[f"bench_{section}"](results)

@@ -61,6 +61,31 @@ PEERS = (
     ),
 )
 
+READING = (  # of windows: the script makes what the peer reads, where that is not the store itself
+    Peer(
+        name="tensorstore 0.1.85",
+        requirements=("tensorstore==0.1.85", "numpy"),
+        script="",
+        args=("tensorstore",),
+        unfair="reads our store; no digests but those of the index; threads of its own, whose CPU counts",
+    ),
+    Peer(name="zarr-python 3.1.6", requirements=ZARR, script="", args=("zarr",), unfair="reads our store; no digests"),
+    Peer(
+        name="zarr-python with zarrs 0.2.3",
+        requirements=ZARR,
+        script="",
+        args=("zarrs",),
+        unfair="reads our store; no digests; threads of its own, whose CPU counts",
+    ),
+    Peer(
+        name="torch-brain 0.2.1, HDF5",
+        requirements=TORCH_BRAIN.requirements,
+        script=TORCH_BRAIN.script,
+        args=("torch-brain",),
+        unfair="reads its own HDF5: spike times, not bins; as many samples and spikes, not compared value by value",
+    ),
+)
+
 
 def interpreter(peer: Peer) -> Path:
     """Python of the peer's environment. Raises CalledProcessError where pip cannot install it."""
