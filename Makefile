@@ -12,12 +12,15 @@ RUN ?= train/configs/debug.yaml
 HOSTFILE ?= hostfiles/cluster
 ARGS ?=
 
+# What of this was typed, for `make dry-run`, which does without.
+GIVEN := $(foreach name,STORE HOSTFILE NODES SLOTS,$(if $(filter command environment,$(origin $(name))),--$(shell tr A-Z a-z <<< $(name)) "$$$(name)"))
+
 # Recipes that say "$$NODES" instead of $(NODES) get the value as it was typed: neither make nor a shell reads it.
 VERBATIM := NODES SLOTS HOSTFILE STORE OUT RUN
 $(foreach name,$(VERBATIM),$(eval override export $(name) := $$(value $(name))))
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-all bench bench-science bench-gpu check lint prep inspect verify report hostfile doctor train train-report eval audit export adapt push campaign
+.PHONY: help install demo test test-all bench bench-science bench-gpu check lint prep inspect verify report hostfile doctor dry-run train train-report eval audit export adapt push campaign
 
 help:  ## print this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-13s %s\n", $$1, $$2}'
@@ -78,6 +81,9 @@ hostfile: .venv/installed  ## [NODES="a b"] [SLOTS=8]: from SLURM, PBS, LSF, MPI
 
 doctor: .venv/installed  ## [HOSTFILE=hostfiles/cluster] [STORE=store] [RUN=x.yaml] [OUT=runs/x]: is every host fit to train?
 	$(PY) -m train doctor --hostfile "$$HOSTFILE" --store "$$STORE" --config "$$RUN" --out "$${OUT:-runs}" $(ARGS)
+
+dry-run: .venv/installed  ## RUN=train/configs/1b.yaml [NODES=8 SLOTS=8 | HOSTFILE=hostfiles/cluster] [STORE=store]: memory, traffic, days, without a GPU
+	$(PY) -m train dry-run --config "$$RUN" $(GIVEN) $(ARGS)
 
 train: .venv/installed  ## RUN=train/configs/x.yaml STORE=store OUT=runs/x [HOSTFILE=hostfiles/cluster]: train, or resume
 	$(PY) -m train train --config $(RUN) --store $(STORE) --out $(or $(OUT),runs/$(basename $(notdir $(RUN)))) --hostfile $(HOSTFILE) $(ARGS)

@@ -19,6 +19,10 @@ COMMANDS = {  # command: (module, what it does)
     "push": ("train.push", "upload a hub folder to a model hub"),
     "hostfile": ("train.allocation", "write a hostfile from a scheduler, a list of nodes or this machine"),
     "doctor": ("train.doctor", "is every host fit to train? a line per check and host, with what mends it"),
+    "dry-run": (
+        "train.dry_run",
+        "what a run needs of a machine, and how many days it takes, found without one",
+    ),
     "launch": ("train.launch", "start a command once per slot of a hostfile"),
     "demo": ("train.demo", "the whole road on this machine, from a synthetic brain to a hub folder"),
     "worker": ("train.loop", "one rank of a training run (the launcher starts it)"),

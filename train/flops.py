@@ -1,19 +1,16 @@
-"""How large a model is and what it costs: parameters, floating point operations and memory, by formula.
+"""How large a model is and what it computes: parameters and floating point operations, by formula.
 
-In: a model's configuration and the shape of a batch, or the YAML of a run. Out: numbers by part, which agree with the
-model that is built (tests/test_train_flops.py), and a table: `python -m train.flops train/configs/1b.yaml --gpus 64`.
+In: a model's configuration and the shape of a batch. Out: numbers by part, which agree with the model that is built
+(tests/test_train_flops.py); what a whole run needs of a machine is train/dry_run.py's to say.
 
 Counted are matrix products, two operations for each multiply-add; nothing else is worth a GPU's time. The backward pass
 takes two products for each of the forward pass, one for the weights and one for what came in, if that learns.
 """
 
-import argparse
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 
-from train.build import model_config
-from train.config import RunConfig, load
+from train.config import RunConfig
 from train.model.configuration_brainloom import MODALITIES, BrainloomConfig
 from train.model.decoder_brainloom import NUM_BLOCKS
 from train.model.history_brainloom import NUM_SUMS
@@ -23,13 +20,6 @@ from train.model.surround_brainloom import NUM_SUMS as NUM_AROUND
 
 PARTS = ("identity", "encoder", "trunk", "decoder")
 TOKENS_PER_S = 10  # of each unit (prep: a token is 100 ms)
-H100_FLOPS, UTILISATION = 989e12, 0.4  # dense bf16; what is assumed of it
-BYTES = {"bf16": 2, "fp32": 4}
-STATE_BYTES = {"bf16": 2 + 2 + 4 + 8, "fp32": 4 + 4 + 4 + 8}  # weights, gradients, masters, Adam's two moments
-# What autograd keeps, in vectors of hidden_size: of a latent in a layer of the trunk, a time of the readout, a token, a
-# source, a patch; and in single numbers, of a source at a time of the readout.
-# Found by counting what the debug model saves (sdpa, no gradient checkpointing).
-KEPT = {"bf16": (33.0, 114.2, 4.8, 29.6, 36.0, 41.8), "fp32": (24.9, 88.6, 4.5, 19.2, 31.5, 40.4)}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,6 +31,7 @@ class Shape:
     tokens: int  # visible ones of each sample
     frames: int
     context_s: float
+    queries: int = 1  # tokens of each sample that are asked for; what they cost is no matrix product
 
 
 @dataclass(frozen=True)
@@ -159,63 +150,5 @@ def fullest_shape(run: RunConfig, config: BrainloomConfig, batch: int = 1) -> Sh
         tokens=tokens,
         frames=run.data.max_frames,
         context_s=run.data.context_s,
+        queries=min(run.data.max_queries, tokens),
     )
-
-
-def state_bytes(config: BrainloomConfig, precision: str, num_ranks: int) -> float:
-    """Weights, gradients and optimizer states of the core on one rank under ZeRO-3."""
-    return sum(parameters(config).values()) * STATE_BYTES[precision] / num_ranks
-
-
-def activation_bytes(config: BrainloomConfig, shape: Shape, precision: str) -> float:
-    """What autograd keeps of a batch between forward and backward pass."""
-    latents = round(shape.context_s * config.latent_hz) * config.latents_per_step
-    times = round(shape.context_s * config.readout_hz)
-    of_latent, of_time, of_token, of_source, of_patch, of_pair = KEPT[precision]
-    vectors = of_latent * config.num_hidden_layers * latents + of_time * times
-    vectors += of_token * shape.tokens + of_source * shape.sources + of_patch * shape.frames * config.num_patches
-    numbers = vectors * config.hidden_size + of_pair * shape.sources * times
-    return numbers * shape.batch * BYTES[precision]
-
-
-def summary(run: RunConfig, num_gpus: int) -> str:
-    """One line: size, memory and what compute allows on `num_gpus` H100, as the headers of train/configs have it."""
-    config, precision = model_config(run), run.train.precision
-    counted = parameters(config)
-    states = state_bytes(config, precision, max(1, num_gpus)) / 2**30
-    kept = activation_bytes(config, fullest_shape(run, config, run.train.micro_batch_size), precision) / 2**30
-    line = (
-        f"P_core {sum(counted.values()) / 1e6:,.1f} M (trunk {counted['trunk'] / 1e6:,.1f} M), P_unit "
-        f"{config.unit_embed_size} a source; a rank holds {states:.2f} GiB of states, {kept:.1f} GiB of activations"
-    )
-    if not num_gpus:
-        return line
-    step = sum(training_flops(config, fullest_shape(run, config, run.train.global_batch_size)).values())
-    rate = num_gpus * H100_FLOPS * UTILISATION / step
-    return f"{line}; compute alone allows {rate:,.1f} steps/s ({UTILISATION:.0%} of the peak of {num_gpus} H100)"
-
-
-def table(run: RunConfig) -> str:
-    """A step of the run by part of the model."""
-    config = model_config(run)
-    shape = fullest_shape(run, config, run.train.global_batch_size)
-    columns = [parameters(config), forward_flops(config, shape), training_flops(config, shape)]
-    rows = [(part, [column[part] for column in columns]) for part in PARTS]
-    rows.append(("all", [sum(column.values()) for column in columns]))
-    lines = [f"{'part':<9}{'parameters':>15}{'forward GFLOP':>16}{'step GFLOP':>14}   (a step: {shape.batch} windows)"]
-    lines += [f"{part:<9}{p:>15,}{forward / 1e9:>16,.1f}{step / 1e9:>14,.1f}" for part, (p, forward, step) in rows]
-    return "\n".join(lines)
-
-
-def main() -> None:
-    """Size, memory and throughput of a run, by formula; nothing is built."""
-    parser = argparse.ArgumentParser(prog="python -m train.flops", description=main.__doc__)
-    parser.add_argument("config", type=Path)
-    parser.add_argument("--gpus", type=int, default=1, help="how many H100; 0: none")
-    args = parser.parse_args()
-    run = load(args.config)
-    print(table(run), summary(run, args.gpus), sep="\n")
-
-
-if __name__ == "__main__":
-    main()
