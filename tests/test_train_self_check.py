@@ -3,7 +3,6 @@
 In: what ranks say of themselves, threads and processes that are ranks, models with planted branches. Out: messages.
 """
 
-import os
 import socket
 import sys
 import threading
@@ -14,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor, nn
-from train_builders import prepare_run, tiny_run, tiny_store, train_ranks
+from train_builders import handmade_run, tiny_run, tiny_store, train_ranks
 
 from prep.store import Store
 from train import ranks, self_check
@@ -31,6 +30,20 @@ import os, sys
 from train.model.modeling_brainloom import BrainloomEncoder
 if os.environ["RANK"] == "1":
     BrainloomEncoder._keys = lambda self, x: (self.k_norm(self.gate_proj(x).unflatten(-1, self.heads))).flatten(2)
+"""
+# A rank 1 that has restored one small parameter, of which every rank keeps a whole copy, a little wrong.
+SPOILT = """
+import os, sys
+from train import loop
+resume = loop._resume
+def resume_and_spoil(engine, *more):
+    step = resume(engine, *more)
+    if os.environ["RANK"] == "1":
+        engine.model.model.norm.weight.data[5] += 1e-6
+    return step
+loop._resume = resume_and_spoil
+"""
+START = """
 from train.__main__ import main
 sys.exit(main(["worker", "--out", sys.argv[2]]))
 """
@@ -204,14 +217,22 @@ def test_a_branch_of_one_rank_is_seen(
     assert seen in said and "Every rank must run every branch" in said
 
 
-def test_a_planted_branch_ends_the_run_at_start_up_with_the_ranks_name(
-    store: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+@pytest.mark.parametrize(
+    ("planted", "seen"),
+    [
+        (PLANTED, "rank 1 has `calls model.encoder.gate_proj`"),
+        pytest.param(SPOILT, "rank 1 has `model.norm.weight [32] torch.float32 ", marks=pytest.mark.slow),
+    ],
+)
+def test_a_rank_that_is_odd_ends_the_run_at_start_up_with_its_name(
+    store: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str], planted: str, seen: str
 ) -> None:
-    out = prepare_run(tmp_path / "planted", store, tiny_run())
-    assert train_ranks(out, command=[sys.executable, "-c", PLANTED, "worker", str(out)]) == USAGE
+    out = tmp_path / "planted"
+    handmade_run(out, store, tiny_run())
+    assert train_ranks(out, command=[sys.executable, "-c", planted + START, "worker", str(out)]) == USAGE
     for rank in range(2):
         log = (out / "logs" / f"rank-{rank:05d}.log").read_text()
         assert "train worker: the start-up self-check found ranks that differ:" in log
-        assert "rank 1 has `calls model.encoder.gate_proj`" in log and "Traceback" not in log
+        assert seen in log and "Traceback" not in log
     assert "self-check" in capfd.readouterr().err
-    assert not (out / "metrics.jsonl").exists() and "RANK" not in os.environ
+    assert not (out / "metrics.jsonl").exists()

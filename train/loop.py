@@ -77,6 +77,7 @@ def train(run_dir: Path, run: RunConfig, resume: str, peers: Peers, heart: Heart
     rank, world_size = peers.rank, peers.world_size
     samples = TrainingSamples(store.address, run, model_config(run))
     peers.agree(surroundings(run, store.digest(), world_size) | module_traces(samples, rank, world_size))
+    heart.enter("engine")
     deepspeed.init_distributed("nccl" if torch.cuda.is_available() else "gloo", verbose=False)
     chance.seed_everything(run.seed)
     engine = Engine(run, SourceTable(store).keys, world_size)

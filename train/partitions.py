@@ -85,16 +85,16 @@ class Partitions:
             self._optimizer._release_swap_buffers(number)
 
     def buffers(self) -> Iterator[dict[str, Tensor]]:
-        """Each buffer by kind, fp32, in the order of `pieces`; not to be kept. Before the first step: masters alone."""
+        """Each buffer by kind, fp32, in the order of `pieces`; not to be kept. Before the first step moments are 0."""
         for number in range(len(self.pieces)):
             with self._in_memory(number, is_changed=False) as master, torch.no_grad():
-                state = self._inner.state.get(master, {})
-                yield {MASTER: master.detach(), **{kind: state[kind] for kind in MOMENTS if kind in state}}
+                state = self._inner.state.get(master) or {kind: torch.zeros_like(master) for kind in MOMENTS}
+                yield {MASTER: master.detach(), **{kind: state[kind] for kind in MOMENTS}}
 
     @property
     def num_steps(self) -> int:
         """Adam's count of its steps; the buffers move together, so that there is one number."""
-        counts = {int(self._inner.state[master]["step"]) for master in self._masters()}
+        counts = {int(self._inner.state.get(master, {}).get("step", 0)) for master in self._masters()}
         assert len(counts) == 1, f"buffers disagree on the number of steps: {counts}"
         return counts.pop()
 

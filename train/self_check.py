@@ -62,7 +62,7 @@ class Peers:
         except dist.DistError as error:
             raise SelfCheckError(
                 f"rank {rank}: rank 0 does not answer at {address}:{port} within {patience_s:g} s. See its log, and "
-                f"whether this host reaches that one ({type(error).__name__})."
+                f"whether this host reaches that one ({str(error).splitlines()[0]})."
             ) from error
         self._store, self._num_checks = PrefixStore("brainloom", store), 0
 
