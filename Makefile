@@ -16,11 +16,11 @@ ARGS ?=
 GIVEN := $(foreach name,STORE HOSTFILE NODES SLOTS,$(if $(filter command environment,$(origin $(name))),--$(shell tr A-Z a-z <<< $(name)) "$$$(name)"))
 
 # Recipes that say "$$NODES" instead of $(NODES) get the value as it was typed: neither make nor a shell reads it.
-VERBATIM := NODES SLOTS HOSTFILE STORE OUT RUN
+VERBATIM := NODES SLOTS HOSTFILE STORE OUT RUN RUN_DIR HUB REPO RECIPE DATASET SCHEDULER CLUSTER FILE
 $(foreach name,$(VERBATIM),$(eval override export $(name) := $$(value $(name))))
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-all bench bench-science bench-gpu check lint prep inspect verify report hostfile doctor dry-run train train-report eval audit export adapt push campaign
+.PHONY: help install demo test test-all bench bench-science bench-gpu bench-trainer check lint prep inspect verify report hostfile doctor dry-run train train-report eval audit export adapt push campaign
 
 help:  ## print this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-13s %s\n", $$1, $$2}'
@@ -36,7 +36,7 @@ install: .venv/installed  ## create .venv from constraints.txt (every other targ
 	@touch $@
 
 demo: .venv/installed  ## fresh clone -> the whole road on a laptop; ends in runs/demo/summary.json
-	$(PY) -m train demo --out $(or $(OUT),runs/demo) $(ARGS)
+	$(PY) -m train demo --out "$${OUT:-runs/demo}" $(ARGS)
 
 test: .venv/installed  ## fresh clone -> the test suite (without the slow tests)
 	$(PY) -m pytest -m 'not slow' -n 2 --dist loadfile $(ARGS)
@@ -56,6 +56,9 @@ bench-science: .venv/installed  ## Brainloom on real recordings beside regressio
 bench-gpu: .venv/installed  ## what the 300m and 1b models make of one GPU, in bf16 and compiled -> tests/bench/RESULTS.md
 	$(PY) -W ignore tests/bench/gpu.py $(ARGS)
 
+bench-trainer: .venv/installed  ## the trainer beside a loop written by hand, and what a run waits for -> tests/bench/RESULTS.md
+	$(PY) -W ignore tests/bench/trainer.py $(ARGS)
+
 lint: .venv/installed  ## ruff and mypy
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -65,16 +68,16 @@ check: lint test  ## lint, types, architecture, tests; warnings are errors
 
 prep: .venv/installed  ## SRC="dir|file|url …" OUT=store|s3://… [RECIPE=…] [DATASET=…] [SCHEDULER=tcp://… | CLUSTER=prep/clusters/x.yaml]: NWB recordings -> token store
 	@test -n "$(SRC)" || { echo 'make prep needs SRC="dir|file …" (NWB recordings), for instance: make prep SRC=recordings OUT=store'; exit 2; }
-	$(PY) -m prep ingest $(SRC) --out $(or $(OUT),$(STORE)) $(if $(RECIPE),--recipe $(RECIPE)) $(if $(DATASET),--dataset $(DATASET)) $(if $(SCHEDULER),--scheduler $(SCHEDULER)) $(if $(CLUSTER),--cluster $(CLUSTER)) $(ARGS)
+	$(PY) -m prep ingest $(SRC) --out "$${OUT:-$$STORE}" $(if $(RECIPE),--recipe "$$RECIPE") $(if $(DATASET),--dataset "$$DATASET") $(if $(SCHEDULER),--scheduler "$$SCHEDULER") $(if $(CLUSTER),--cluster "$$CLUSTER") $(ARGS)
 
 inspect: .venv/installed  ## FILE=x.nwb: what is in a file, and what would become of each object
-	$(PY) -m prep inspect $(FILE) $(ARGS)
+	$(PY) -m prep inspect "$$FILE" $(ARGS)
 
 verify: .venv/installed  ## STORE=store: every byte against its digest
-	$(PY) -m prep verify $(STORE) $(ARGS)
+	$(PY) -m prep verify "$$STORE" $(ARGS)
 
 report: .venv/installed  ## STORE=store [OUT=report.html]: what it holds, as one HTML file
-	$(PY) -m prep report $(STORE) --out $(or $(OUT),report.html) $(ARGS)
+	$(PY) -m prep report "$$STORE" --out "$${OUT:-report.html}" $(ARGS)
 
 hostfile: .venv/installed  ## [NODES="a b"] [SLOTS=8]: from SLURM, PBS, LSF, MPI, a list or this machine -> hostfiles/cluster
 	$(PY) -m train hostfile --out "$$HOSTFILE" $(ARGS)
@@ -86,22 +89,22 @@ dry-run: .venv/installed  ## RUN=train/configs/1b.yaml [NODES=8 SLOTS=8 | HOSTFI
 	$(PY) -m train dry-run --config "$$RUN" $(GIVEN) $(ARGS)
 
 train: .venv/installed  ## RUN=train/configs/x.yaml STORE=store OUT=runs/x [HOSTFILE=hostfiles/cluster]: train, or resume
-	$(PY) -m train train --config $(RUN) --store $(STORE) --out $(or $(OUT),runs/$(basename $(notdir $(RUN)))) --hostfile $(HOSTFILE) $(ARGS)
+	$(PY) -m train train --config "$$RUN" --store "$$STORE" --out "$${OUT:-runs/$$(basename "$$RUN" .yaml)}" --hostfile "$$HOSTFILE" $(ARGS)
 
 train-report: .venv/installed  ## RUN_DIR=runs/x: curves, scores and pictures of a run -> RUN_DIR/report.html
-	$(PY) -m train report $(RUN_DIR) $(ARGS)
+	$(PY) -m train report "$$RUN_DIR" $(ARGS)
 
 eval: .venv/installed  ## RUN_DIR=runs/x: held-out deviance explained per modality and task
-	$(PY) -m train eval $(RUN_DIR) $(ARGS)
+	$(PY) -m train eval "$$RUN_DIR" $(ARGS)
 
 audit: .venv/installed  ## RUN_DIR=runs/x: show that nothing a task hides reaches the model
-	$(PY) -m train audit $(RUN_DIR) $(ARGS)
+	$(PY) -m train audit "$$RUN_DIR" $(ARGS)
 
 export: .venv/installed  ## RUN_DIR=runs/x HUB=dir: checkpoint -> hub folder
-	$(PY) -m train export $(RUN_DIR) --hub $(HUB) $(ARGS)
+	$(PY) -m train export "$$RUN_DIR" --hub "$$HUB" $(ARGS)
 
 adapt: .venv/installed  ## HUB=dir STORE=store OUT=runs/y [ARGS="--steps 200"]: identities for units that the model has never seen
-	$(PY) -m train adapt --hub $(HUB) --store $(STORE) --out $(OUT) $(ARGS)
+	$(PY) -m train adapt --hub "$$HUB" --store "$$STORE" --out "$$OUT" $(ARGS)
 
 push: .venv/installed  ## HUB=dir REPO=org/name: hub folder -> model hub
-	$(PY) -m train push --hub $(HUB) --repo $(REPO) $(ARGS)
+	$(PY) -m train push --hub "$$HUB" --repo "$$REPO" $(ARGS)
