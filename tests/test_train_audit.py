@@ -223,7 +223,7 @@ def test_hidden_values_that_are_left_in_the_input_are_caught(trained: Trained, m
         everything = replace(mask, visible=np.ones_like(mask.visible))
         return make_sample(window, everything, replace(shape, num_inputs=200), *more)
 
-    for user in ("trained", "loader"):
+    for user in ("dataset", "loader"):
         monkeypatch.setattr(f"train.{user}.make_sample", leaky)
     rows = of_tasks(trained)
     for task in {row.task for row in rows}:

@@ -145,7 +145,7 @@ def test_a_run_that_goes_on_has_curves_but_no_picture_before_its_first_checkpoin
 
 def test_a_checkpoint_that_cannot_be_read_is_named(finished: Path, tmp_path: Path) -> None:
     out = shutil.copytree(finished, tmp_path / "damaged")
-    (out / "checkpoints" / "step-00000001" / "unit_keys.json").write_text("[]")
+    (out / "checkpoints" / "step-00000001" / "state.json").write_text("{}")
     assert "The newest checkpoint could not be asked: " in page_of(out)
     assert "Pictures were not asked for." in page_of(out, "--windows", "0")
 

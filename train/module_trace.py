@@ -9,7 +9,6 @@ from torch import Tensor
 
 from train.build import model_config
 from train.config import Turn
-from train.dataset import collate
 from train.loader import TrainingSamples
 from train.model.configuration_brainloom import BrainloomConfig
 from train.model.modeling_brainloom import BrainloomForPreTraining
@@ -37,10 +36,11 @@ def _thin(model: BrainloomConfig) -> BrainloomConfig:
 
 
 def _first(samples: TrainingSamples, step: int, rank: int, world_size: int) -> dict[str, Tensor]:
-    """The first micro-batch of a rank at a step."""
+    """The first micro-batch of a rank at a step; what is skipped for it is counted when it is trained on."""
     train = samples.config.train
     order = positions(step, step + 1, train.global_batch_size, train.micro_batch_size, rank, world_size)
-    return collate([samples[position] for position in next(order)])
+    batch, _ = samples.batch(next(order))
+    return batch
 
 
 def trace(model: BrainloomForPreTraining, batch: dict[str, Tensor], turn: Turn) -> list[str]:
