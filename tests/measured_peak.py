@@ -1,4 +1,4 @@
-"""The peak memory of a rank of a training run: `python tests/measured_peak.py RUN_DIR WARM_DIR`, by the launcher.
+"""The peak memory of a rank of a training run: `python tests/measured_peak.py RUN_DIR WARM_DIR PORT`, by the launcher.
 
 In: two run folders, of the run that is measured, and of a tiny one that is trained before. Out: bytes above what the
 process had after the tiny run, in RUN_DIR/peak-RANK.json: only then is everything imported, since DeepSpeed and torch
@@ -30,7 +30,7 @@ def resident(which: str) -> int:
     return int(line.split()[1]) * 1024
 
 
-def main(run_dir: Path, warm_dir: Path) -> None:
+def main(run_dir: Path, warm_dir: Path, port: str) -> None:
     """Train the tiny run, then the other, and write what that took."""
     import torch
     import torch.distributed as dist
@@ -39,6 +39,7 @@ def main(run_dir: Path, warm_dir: Path) -> None:
 
     destroy, dist.destroy_process_group = dist.destroy_process_group, lambda: None  # both runs are of one group
     loop.main(argparse.Namespace(out=warm_dir, resume="auto"))
+    os.environ["MASTER_PORT"] = port  # the self-check begins anew, where nothing has been said yet
     gc.collect()
     before = resident("VmRSS")
     if torch.cuda.is_available():
@@ -53,4 +54,4 @@ def main(run_dir: Path, warm_dir: Path) -> None:
 
 if __name__ == "__main__":
     warnings.simplefilter("ignore")
-    main(Path(sys.argv[1]), Path(sys.argv[2]))
+    main(Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3])

@@ -5,8 +5,10 @@ In: the configurations of the repository, a tiny store. Out: text, JSON, exit co
 
 import argparse
 import json
+import os
 import re
 import shutil
+import subprocess
 import textwrap
 from pathlib import Path
 from typing import Any
@@ -170,6 +172,22 @@ def test_a_mistake_is_one_line(
     placed = [str(tmp_path / x) if x == "measured.json" else x for x in arguments]
     _, err = said(capsys, "--config", "train/configs/20m.yaml", *placed, code=2)
     assert message in err and err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("typed", "passed"),
+    [
+        ([], ""),
+        (["NODES=8", "SLOTS=4"], '--nodes "$NODES" --slots "$SLOTS"'),
+        (["HOSTFILE=hostfiles/x", "STORE=a b"], '--store "$STORE" --hostfile "$HOSTFILE"'),
+    ],
+    ids=str,
+)
+def test_make_passes_on_what_was_typed_and_no_default(typed: list[str], passed: str) -> None:
+    clean = {name: value for name, value in os.environ.items() if name not in ("STORE", "HOSTFILE", "NODES", "SLOTS")}
+    words = ["make", "-ns", "-o", ".venv/installed", "dry-run", *typed]
+    printed = subprocess.run(words, cwd=ROOT, env=clean, capture_output=True, text=True, check=True).stdout
+    assert printed.split() == f'.venv/bin/python -m train dry-run --config "$RUN" {passed}'.split()
 
 
 def test_a_machine_without_a_gpu_is_this_one() -> None:

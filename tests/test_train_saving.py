@@ -10,11 +10,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from train_builders import losses, prepare_run, tiny_run, tiny_store, train_ranks
 
 from train import checkpoint, saving
 from train.checkpoint import CheckpointError, Files
-from train.saving import clear_unsealed, collect, publish, write_files
+from train.saving import Saver, clear_unsealed, collect, publish, write_files
 
 # Rank 1 finds no room for its second checkpoint; rank 0 has long written its part.
 NO_ROOM = """
@@ -76,6 +77,51 @@ def test_what_was_never_sealed_is_removed_at_the_start(tmp_path: Path) -> None:
     (tmp_path / "step-00000002").mkdir()
     clear_unsealed(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["step-00000002"]
+
+
+@pytest.fixture
+def alone(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Saver:
+    """The saver of the only rank, for a made-up engine: a tensor that training changes in place."""
+    monkeypatch.setattr(saving.dist, "get_rank", lambda: 0)
+    monkeypatch.setattr(saving.dist, "get_world_size", lambda: 1)
+    monkeypatch.setattr(
+        checkpoint, "files_of", lambda engine, state, to_host: {"weight.safetensors": {"w": to_host("w", engine)}}
+    )
+    return Saver(tmp_path / "checkpoints", tiny_run())
+
+
+def test_training_goes_on_while_a_checkpoint_is_written_and_does_not_change_it(
+    alone: Saver, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    may_write, write = threading.Event(), saving.write_files
+    monkeypatch.setattr(saving, "write_files", lambda *args: may_write.wait() and write(*args))
+    weight = torch.zeros(4)
+    alone.save(weight, 1, {})  # returns, although nothing can be written yet
+    weight += 1
+    next_save = threading.Thread(target=alone.save, args=(weight, 2, {}))
+    next_save.start()
+    time.sleep(0.1)
+    assert next_save.is_alive() and not list(alone.root.glob("step-*")), "the next save waits for the former one"
+    may_write.set()
+    next_save.join(timeout=10)
+    alone.wait()
+    saved = [load_file(path / "weight.safetensors")["w"] for path in sorted(alone.root.glob("step-*"))]
+    assert torch.equal(torch.stack(saved), torch.tensor([[0.0] * 4, [1.0] * 4]))
+
+
+def test_what_goes_wrong_in_the_background_is_raised_between_steps(
+    alone: Saver, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> None:
+        raise CheckpointError("x/rank-00000.safetensors cannot be written")
+
+    monkeypatch.setattr(saving, "write_files", fail)
+    alone.check()
+    alone.save(torch.zeros(4), 1, {})
+    for ask in (alone.wait, alone.check, lambda: alone.save(torch.zeros(4), 2, {})):
+        with pytest.raises(CheckpointError, match="cannot be written"):
+            ask()
+    assert not list(alone.root.glob("step-*"))
 
 
 @pytest.mark.slow

@@ -77,6 +77,9 @@ def test_the_odd_rank_is_named_with_its_first_odd_line_and_what_to_do() -> None:
 def test_of_two_ranks_both_are_named_and_a_line_that_is_missing_is_nothing() -> None:
     said = differences({0: {"weights": ["a 1"]}, 1: {"weights": ["a 1", "b 2"]}})
     assert "weights, line 2: rank 0 has nothing more, rank 1 has `b 2`." in said
+    assert "start, line 1: rank 0 has nothing more, rank 1 has `step 5`." in differences(
+        {0: {}, 1: {"start": ["step 5"]}}
+    )
 
 
 def test_many_odd_ranks_are_abbreviated_and_every_topic_is_told() -> None:
@@ -121,9 +124,9 @@ def test_all_ranks_hear_the_same_and_may_check_again(monkeypatch: pytest.MonkeyP
 
 def test_a_rank_that_does_not_come_is_named_within_the_patience(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(self_check, "LEAVING", self_check.timedelta(seconds=0.2))
-    said = as_ranks(3, monkeypatch, lambda peers: peers.agree({"store": ["abc"]}) if peers.rank != 1 else None)
+    said = as_ranks(6, monkeypatch, lambda peers: peers.agree({"store": ["abc"]}) if peers.rank in (0, 2) else None)
     assert said[0] == said[2] and said[1] == ""
-    assert said[0].startswith("rank 1 of 3 did not come to the start-up self-check within 2 s. See the logs")
+    assert said[0].startswith("ranks 1, 3, 4, 5 of 6 did not come to the start-up self-check within 2 s. See the logs")
 
 
 def test_without_rank_0_the_others_say_so_and_are_not_blamed(monkeypatch: pytest.MonkeyPatch) -> None:

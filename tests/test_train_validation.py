@@ -7,6 +7,7 @@ import json
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -18,6 +19,7 @@ from train_builders import losses, moved_trained, prepare_run, tiny_run, tiny_st
 from prep.store import Store
 from train import evaluate, validation
 from train.config import ModelConfig, RunConfig
+from train.engine import Engine
 from train.metrics import VALIDATION, read_rows
 from train.trained import Trained
 from train.validation import Validation
@@ -137,6 +139,34 @@ def test_validation_is_due_every_so_often_and_at_the_end(store: Path) -> None:
 def test_a_valid_split_that_is_too_short_for_a_window_is_not_validated(store: Path) -> None:
     long = replace(RUN, data=replace(RUN.data, context_s=8.0))
     assert not any(Validation(Store(store), long).is_due(step) for step in range(1, 11))
+
+
+def test_each_batch_is_a_heart_beat_in_eval_mode_and_nothing_is_compiled_for_it() -> None:
+    """Compiled for every shape that validation has, a run would compile for minutes, and then give up."""
+    seen: list[Any] = []
+    layer = torch.nn.Dropout(0.5)
+
+    def backend(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Any:
+        seen.append("compiled")
+        return graph.forward
+
+    compiled = torch.compile(lambda x: layer(x) * 2, backend=backend)
+
+    def forward(batch: dict[str, Tensor], context_s: float) -> SimpleNamespace:
+        assert batch.keys() == {"x"}, "labels would compute a loss"
+        return SimpleNamespace(predictions=compiled(batch["x"]))
+
+    engine: Any = SimpleNamespace(
+        deepspeed=layer,
+        forward=forward,
+        timer=SimpleNamespace(on_phase=seen.append),
+        table=SimpleNamespace(discard=lambda: seen.append("discarded")),
+    )
+    batch = {"x": torch.ones(5), "labels": torch.ones(5)}
+    assert torch.equal(Engine.predict(engine, batch, 1.0), torch.full((5,), 2.0))
+    assert seen == ["validation", "discarded"] and layer.training
+    compiled(torch.ones(5))
+    assert seen[-1] == "compiled", "elsewhere it is"
 
 
 # ---------------------------------------------------------------- real ranks

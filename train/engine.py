@@ -132,10 +132,15 @@ class Engine:
 
     @torch.no_grad()
     def predict(self, batch: dict[str, Tensor], context_s: float) -> Tensor:
-        """Predictions (B, Q, P) of a batch without dropout; every rank calls it, and nothing of the training moves."""
+        """Predictions (B, Q, P) of a batch without dropout; every rank calls it, and nothing of the training moves.
+
+        Nothing is compiled for it: each batch has a shape of its own.
+        """
+        self.timer.on_phase("validation")  # of each batch anew: all of them may last longer than a phase may
         unlabelled = {name: tensor for name, tensor in batch.items() if name not in ("labels", "label_mask")}
         self.deepspeed.eval()
-        predictions = self.forward(unlabelled, context_s).predictions
+        with torch.compiler.set_stance("force_eager"):
+            predictions = self.forward(unlabelled, context_s).predictions
         self.deepspeed.train()
         self.table.discard()
         assert predictions is not None

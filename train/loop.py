@@ -53,7 +53,7 @@ def main(args: argparse.Namespace) -> int:
     run, rank = config.load(args.out / "config.yaml"), int(os.environ["RANK"])
     heart = Heart(args.out / "logs", rank, FIRST_STEP * run.faults.watchdog_s)
     try:
-        peers = Peers(rank, int(os.environ["WORLD_SIZE"]), run.faults.watchdog_s)
+        peers = Peers(rank, int(os.environ["WORLD_SIZE"]), heart.patience_s / 2)  # who waits is not late yet
         return train(args.out, run, args.resume, peers, heart)
     finally:
         if dist.is_initialized():
@@ -76,12 +76,14 @@ def train(run_dir: Path, run: RunConfig, resume: str, peers: Peers, heart: Heart
     store = Store(json.loads((run_dir / "run.json").read_text())["store"])
     rank, world_size = peers.rank, peers.world_size
     samples = TrainingSamples(store.address, run, model_config(run))
+    heart.enter("self_check")
     peers.agree(surroundings(run, store.digest(), world_size) | module_traces(samples, rank, world_size))
     heart.enter("engine")
     deepspeed.init_distributed("nccl" if torch.cuda.is_available() else "gloo", verbose=False)
     chance.seed_everything(run.seed)
     engine = Engine(run, SourceTable(store).keys, world_size)
     first_step = _resume(engine, run_dir, resume, samples)
+    heart.enter("self_check")
     peers.agree({"start": [f"step {first_step}"], "weights": weights(engine.model, deepspeed.zero.GatheredParameters)})
     engine.timer.on_phase = heart.enter
     if rank == 0:

@@ -7,9 +7,11 @@ Ranks talk by the key-value store of the rendezvous, with a time-out: a collecti
 import base64
 import contextlib
 import hashlib
+import itertools
 import json
 import os
 import platform
+import time
 import zlib
 from collections.abc import Iterator
 from dataclasses import asdict
@@ -88,7 +90,11 @@ class Peers:
                 self._store.wait([f"{heard}{rank}" for rank in range(self.world_size)], LEAVING)
 
     def _judge(self, prefix: str) -> str:
-        packed = {rank: self._get(f"{prefix}{rank}", self._patience) for rank in range(self.world_size)}
+        deadline_s = time.monotonic() + self._patience.total_seconds()  # of all of them together
+        packed = {}
+        for rank in range(self.world_size):
+            left = timedelta(seconds=max(0.1, deadline_s - time.monotonic()))
+            packed[rank] = self._get(f"{prefix}{rank}", left)
         missing = [rank for rank, content in packed.items() if content is None]
         if missing:
             return (
@@ -108,23 +114,22 @@ class Peers:
 def differences(found: dict[int, Topics]) -> str:
     """What to say where ranks differ, topic by topic: the odd ranks, their first odd line, that of most; else ""."""
     said = []
-    for topic in found[0]:
-        groups: dict[str, list[int]] = {}
+    for topic in dict.fromkeys(topic for topics in found.values() for topic in topics):
+        groups: dict[tuple[str, ...], list[int]] = {}
         for rank, topics in found.items():
-            groups.setdefault("\n".join(topics[topic]), []).append(rank)
+            groups.setdefault(tuple(topics.get(topic, ())), []).append(rank)
         if len(groups) > 1:
             said.append(f"{_compare(topic, groups)}. {REMEDY.get(topic, EVERY_BRANCH)}.")
     return "\n".join(["the start-up self-check found ranks that differ:", *said]) if said else ""
 
 
-def _compare(topic: str, groups: dict[str, list[int]]) -> str:
+def _compare(topic: str, groups: dict[tuple[str, ...], list[int]]) -> str:
     """The ranks that have what most have come last; where there is no most, all are odd."""
     by_size = sorted(groups.items(), key=lambda item: len(item[1]))
-    lines = [text.split("\n") for text, _ in by_size]
-    place = next(n for n in range(max(map(len, lines))) if len({tuple(text[n : n + 1]) for text in lines}) > 1)
+    place = next(n for n in itertools.count() if len({lines[n : n + 1] for lines in groups}) > 1)
     told = []
-    for text, (_, ranks) in zip(lines, by_size, strict=True):
-        has = f"`{text[place]}`" if place < len(text) else "nothing more"
+    for lines, ranks in by_size:
+        has = f"`{lines[place]}`" if place < len(lines) else "nothing more"
         told.append(f"{_ranks(ranks)} {'have' if len(ranks) > 1 else 'has'} {has}")
     return f"{topic}, line {place + 1}: {', '.join(told)}"
 

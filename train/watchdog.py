@@ -19,7 +19,7 @@ STACKS_S = 3.0  # that ranks may take to write their stacks
 NUM_FRAMES = 12
 NUM_NAMED = 8
 # In the frames of a rank that only waits for the others.
-_WAITS = re.compile(r"/torch/distributed/|/deepspeed/comm/|/zero/partition_parameters\.py")
+_WAITS = re.compile(r"/torch/distributed/|/deepspeed/comm/|/zero/partition_parameters\.py|/train/self_check\.py")
 
 
 @dataclass
