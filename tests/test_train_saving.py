@@ -7,6 +7,8 @@ import sys
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -81,13 +83,20 @@ def test_what_was_never_sealed_is_removed_at_the_start(tmp_path: Path) -> None:
 
 @pytest.fixture
 def alone(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Saver:
-    """The saver of the only rank, for a made-up engine: a tensor that training changes in place."""
+    """The saver of the only rank, for a made-up engine: a tensor that training changes in place, and no row of a unit."""
     monkeypatch.setattr(saving.dist, "get_rank", lambda: 0)
     monkeypatch.setattr(saving.dist, "get_world_size", lambda: 1)
+    monkeypatch.setattr(saving.table_files, "full_save", lambda table: 0)
     monkeypatch.setattr(
-        checkpoint, "files_of", lambda engine, state, to_host: {"weight.safetensors": {"w": to_host("w", engine)}}
+        checkpoint,
+        "files_of",
+        lambda engine, state, full_step, to_host: {"weight.safetensors": {"w": to_host("w", engine.weight)}},
     )
     return Saver(tmp_path / "checkpoints", tiny_run())
+
+
+def engine_of(weight: torch.Tensor) -> Any:
+    return SimpleNamespace(weight=weight, table=SimpleNamespace(saved_in=None))
 
 
 def test_training_goes_on_while_a_checkpoint_is_written_and_does_not_change_it(
@@ -96,9 +105,9 @@ def test_training_goes_on_while_a_checkpoint_is_written_and_does_not_change_it(
     may_write, write = threading.Event(), saving.write_files
     monkeypatch.setattr(saving, "write_files", lambda *args: may_write.wait() and write(*args))
     weight = torch.zeros(4)
-    alone.save(weight, 1, {})  # returns, although nothing can be written yet
+    alone.save(engine_of(weight), 1, {})  # returns, although nothing can be written yet
     weight += 1
-    next_save = threading.Thread(target=alone.save, args=(weight, 2, {}))
+    next_save = threading.Thread(target=alone.save, args=(engine_of(weight), 2, {}))
     next_save.start()
     time.sleep(0.1)
     assert next_save.is_alive() and not list(alone.root.glob("step-*")), "the next save waits for the former one"
@@ -117,8 +126,8 @@ def test_what_goes_wrong_in_the_background_is_raised_between_steps(
 
     monkeypatch.setattr(saving, "write_files", fail)
     alone.check()
-    alone.save(torch.zeros(4), 1, {})
-    for ask in (alone.wait, alone.check, lambda: alone.save(torch.zeros(4), 2, {})):
+    alone.save(engine_of(torch.zeros(4)), 1, {})
+    for ask in (alone.wait, alone.check, lambda: alone.save(engine_of(torch.zeros(4)), 2, {})):
         with pytest.raises(CheckpointError, match="cannot be written"):
             ask()
     assert not list(alone.root.glob("step-*"))

@@ -56,7 +56,7 @@ class ByHand:
         self.run, self.model = run, build_model(run)
         self.optimizer = make_optimizer(self.model, run.train)
         size = self.model.config.unit_embed_size
-        self.rows = torch.nn.Parameter(torch.stack([unit_table.initial_row(key, size) for key in keys]))
+        self.rows = torch.nn.Parameter(unit_table.initial_rows(keys, size))
         self.row_optimizer = torch.optim.Adam([self.rows], betas=unit_table.BETAS, eps=unit_table.EPS)
 
     def step(self, batch: dict[str, Tensor], step: int) -> float:
