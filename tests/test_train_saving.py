@@ -83,7 +83,7 @@ def test_what_was_never_sealed_is_removed_at_the_start(tmp_path: Path) -> None:
 
 @pytest.fixture
 def alone(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Saver:
-    """The saver of the only rank, for a made-up engine: a tensor that training changes in place, and no row of a unit."""
+    """The saver of the only rank, for a made-up engine: a tensor that training changes, no row of a unit."""
     monkeypatch.setattr(saving.dist, "get_rank", lambda: 0)
     monkeypatch.setattr(saving.dist, "get_world_size", lambda: 1)
     monkeypatch.setattr(saving.table_files, "full_save", lambda table: 0)
