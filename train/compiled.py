@@ -13,6 +13,7 @@ from torch._dynamo.utils import counters, get_compilation_metrics
 from train.model.modeling_brainloom import BrainloomForPreTraining
 
 Module = TypeVar("Module", bound=nn.Module)
+MOST_SHAPES = 100  # those of all families and lengths; torch leaves what is beyond its 8 uncompiled
 
 
 def compile_whole(model: BrainloomForPreTraining) -> None:
@@ -31,6 +32,7 @@ def compile_blocks(model: BrainloomForPreTraining) -> list[type[nn.Module]]:
 
 def _compiled(kind: type[Module]) -> type[Module]:
     """The same module with a compiled `forward`; its checkpointing, which transformers puts around, stays around."""
+    torch._dynamo.config.recompile_limit = MOST_SHAPES
     forward = torch.compile(inspect.unwrap(kind.forward), dynamic=False)  # each family of tasks has its own shapes
     return type(kind.__name__, (kind,), {"forward": forward, "__module__": kind.__module__})
 
