@@ -251,14 +251,19 @@ def train_ranks(run_dir: Path, *arguments: str, slots: int = 2, command: Sequenc
 
 
 SEVERAL_RUNS = """
-import sys, warnings
+import argparse, os, sys
 from pathlib import Path
-import deepspeed
+import torch.distributed as dist
 from train import loop
-warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
-deepspeed.init_distributed("gloo", verbose=False)
+from train.launch import _free_port
+destroy, dist.destroy_process_group = dist.destroy_process_group, lambda: None  # all runs are of one group
 for run_dir in sys.argv[2:]:
-    assert loop.train(Path(run_dir)) == 0
+    if dist.is_initialized():  # the self-check begins anew, where nothing has been said yet
+        port = [_free_port()]
+        dist.broadcast_object_list(port)
+        os.environ["MASTER_PORT"] = port[0]
+    assert loop.main(argparse.Namespace(out=Path(run_dir), resume="auto")) == 0
+destroy()
 """
 
 
