@@ -5,12 +5,13 @@ with the same weights, batches and optimizer; and of one run of `python -m train
 went into waiting for data and into saves.
 
 The two loops take turns, step by step, in one process and on the same batches, so that whatever else the machine does
-meets both; the ratio of a turn is that of the two, and the median of turns is shown. Their losses must agree, or they
-did not do the same work. By hand there is a dense table of rows under Adam where the trainer has its unit table.
+meets both; the ratio of a turn is that of the two, and the median of turns is shown. Their first losses must agree, or
+they did not do the same work. By hand there is a dense table of rows under Adam where the trainer has its unit table.
 """
 
 import argparse
 import os
+import re
 import statistics
 import subprocess
 import sys
@@ -44,7 +45,7 @@ from train.sources import SourceTable
 
 ROOT = Path(__file__).resolve().parents[2]
 ALLOWED = {"debug": 1.25, "20m": 1.10}  # times the loop by hand, on one CPU process
-SAME_LOSS = 1e-3  # the first steps of both loops agree by this much
+SAME_LOSS = 1e-4  # of the first step; from then on by hand rows move that a step does not use
 RUN_STEPS, SAVE_EVERY = 200, 100
 HEAD = ["preset", "P_core", "batch", "by hand, s a step", "trainer, s a step", "ratio", "allowed", "turns"]
 
@@ -112,8 +113,8 @@ def take_turns(preset: str, store: Path, batch: int, num_turns: int) -> list[str
             else:
                 losses[name] = by_hand.step(whole, step)
             seconds[name].append(time.perf_counter() - began)
-        if step < 3 and abs(losses["trainer"] - losses["by hand"]) > SAME_LOSS:
-            raise SystemExit(f"{preset}: the loops do not do the same work, their losses are {losses} at step {step}")
+        if step == 0 and abs(losses["trainer"] - losses["by hand"]) > SAME_LOSS:
+            raise SystemExit(f"{preset}: the loops do not do the same work, their first losses are {losses}")
     ratios = [ours / theirs for theirs, ours in zip(*seconds.values(), strict=True)][num_turns // 5 :]
     hand_s, ours_s = (statistics.median(times) for times in seconds.values())
     print(f"{preset}: {statistics.median(ratios):.3f}", flush=True)
@@ -138,7 +139,8 @@ def whole_run(store: Path, out: Path) -> str:
     rows = read_metrics(out / "run")[RUN_STEPS // 10 :]
     total_s = sum(row["seconds"] for row in rows)
     waited = sum(row["seconds"] * row["data_wait_share"] for row in rows) / total_s
-    saved = sum(row["save_seconds"] for row in rows if "save_seconds" in row) / total_s
+    log = (out / "run" / "logs" / "rank-00000.log").read_text()
+    saved = sum(float(waited_s) for waited_s in re.findall(r"training waited ([\d.]+) s", log)) / total_s
     return (
         f"One run of {RUN_STEPS} steps of debug, saved every {SAVE_EVERY}: waiting for data {waited:.1%} of its "
         f"time (allowed 2 %), stalled by saves {saved:.1%} (allowed 1 %)."
