@@ -32,7 +32,7 @@ def with_digests(assets: tuple[T, ...], folder: Path) -> tuple[T, ...]:
     Raises ConfigError where an entry stands for no file; its message starts with the key, as in `recipe: key ...`.
     """
     return tuple(
-        replace(asset, sha256=_sha256(asset.file, f"assets[{number}].file", folder))  # type: ignore[type-var]
+        replace(asset, sha256=_sha256(asset.file, f"assets[{number}].file", folder))  # type: ignore[type-var]  # mypy does not see that each kind is a dataclass
         for number, asset in enumerate(assets)
     )
 

@@ -162,7 +162,7 @@ def save_references(path: Path, rows: Sequence[Reference]) -> None:
         arrays[f"row{i}_start_ns"], arrays[f"row{i}_values"] = row.start_ns, row.values
     arrays["index"] = np.array(json.dumps(index))
     with appears_whole(path) as partial, partial.open("wb") as file:
-        np.savez(file, **arrays)  # type: ignore[arg-type]
+        np.savez(file, **arrays)  # type: ignore[arg-type]  # as in parts.py: allow_pickle
 
 
 def _names(label: str, law: Law) -> tuple[str, ...]:

@@ -33,7 +33,7 @@ def write_part(partial: Path, name: str, files: Mapping[str, Any], arrays: Mappi
     """Leave a part under a name of its own."""
     buffer = io.BytesIO()
     text = np.frombuffer(json.dumps(dict(files)).encode(), np.uint8)
-    np.savez(buffer, **{"files.json": text, **arrays})  # type: ignore[arg-type]
+    np.savez(buffer, **{"files.json": text, **arrays})  # type: ignore[arg-type]  # numpy's own flag allow_pickle stands among the arrays
     write_bytes(partial / FOLDER / f"{name}.npz", buffer.getbuffer(), is_kept=False)
 
 

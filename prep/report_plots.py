@@ -169,7 +169,7 @@ def clocks(streams: Sequence[Stream], findings: Sequence[Mapping[str, Any]]) -> 
     figure = Figure(figsize=(WIDTH_IN, sum(heights) + 0.15))
     top = figure.get_figheight()
     draws = [lambda axes: _jitter(axes, shown)] * bool(shown)
-    draws += [lambda axes, row=row: _residuals(axes, *row) for row in residuals]  # type: ignore[misc]
+    draws += [lambda axes, row=row: _residuals(axes, *row) for row in residuals]  # type: ignore[misc]  # as in stimulus_tables.py: a lambda with a default
     for height, draw in zip(heights, draws, strict=True):
         box = (LEFT_IN / WIDTH_IN, (top - height + 0.42) / figure.get_figheight())
         size = (1 - (LEFT_IN + RIGHT_IN) / WIDTH_IN, (height - 0.72) / figure.get_figheight())

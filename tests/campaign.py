@@ -356,18 +356,24 @@ def rows_of(table: Path) -> list[Row]:
     return [Row(**json.loads(line)) for line in lines]
 
 
-def summary(rows: Sequence[Row]) -> str:
-    """The table for people."""
-    num_sound = sum(row.is_sound for row in rows)
-    lines = ["# Faults while ingesting", "", f"{num_sound} of {len(rows)} runs ended with the same bytes after a "
-             "rerun, verified, with nothing written outside of the store and no process left.", "",
-             "| fault | runs | sound | exit codes of the disturbed run | slowest disturbed run | slowest rerun |",
+def by_fault(rows: Sequence[Any]) -> list[str]:
+    """Lines of a table, one for each fault; of rows of any campaign."""
+    lines = ["| fault | runs | sound | exit codes of the disturbed run | slowest disturbed run | slowest rerun |",
              "|---|---|---|---|---|---|"]  # fmt: skip
     for fault in sorted({row.fault for row in rows}):
         mine = [row for row in rows if row.fault == fault]
         codes = ", ".join(sorted({"hung" if row.first_code is None else str(row.first_code) for row in mine}))
         slowest = f"{max(row.first_s for row in mine):.0f} s | {max(row.rerun_s for row in mine):.0f} s"
         lines.append(f"| {fault} | {len(mine)} | {sum(row.is_sound for row in mine)} | {codes} | {slowest} |")
+    return lines
+
+
+def summary(rows: Sequence[Row]) -> str:
+    """The table for people."""
+    num_sound = sum(row.is_sound for row in rows)
+    lines = ["# Faults while ingesting", "", f"{num_sound} of {len(rows)} runs ended with the same bytes after a "
+             "rerun, verified, with nothing written outside of the store and no process left.", "",
+             *by_fault(rows)]  # fmt: skip
     lines += ["", "| run | fault | came at | limit | when it was at | exit code | sealed | error | rerun | sound |",
               "|---|---|---|---|---|---|---|---|---|---|"]  # fmt: skip
     for row in rows:

@@ -15,9 +15,9 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
-from campaign import below, ended, is_alive, wait
+from campaign import below, by_fault, ended, is_alive, wait
 from starved import disk_of
-from train_builders import losses, prepare_run, rank_environment, tiny_run, tiny_store
+from train_builders import LAUNCHER, losses, prepare_run, rank_environment, tiny_run, tiny_store
 
 from train import checkpoint
 
@@ -69,13 +69,6 @@ if fault not in ("none", "disk"):
 Path(out, f"rank-{os.environ['RANK']}.pid").write_text(str(os.getpid()))
 from train.__main__ import main
 sys.exit(main(["worker", "--out", out]))
-"""
-LAUNCHER = """
-import os, sys
-from pathlib import Path
-from train.hostfile import Host
-from train.launch import launch
-sys.exit(launch([Host("localhost", 2)], sys.argv[2:], Path(sys.argv[1]) / "logs", os.environ))
 """
 
 
@@ -244,13 +237,7 @@ def summary(rows: Sequence[Row]) -> str:
     lines = ["# Faults while training", "", f"{sum(row.is_sound for row in rows)} of {len(rows)} runs went on from the "
              "newest checkpoint that was sealed and whole, and ended with the losses and the state of the undisturbed "
              "run to the last bit, with no process left.", "",
-             "| fault | runs | sound | exit codes of the disturbed run | slowest disturbed run | slowest rerun |",
-             "|---|---|---|---|---|---|"]  # fmt: skip
-    for fault in sorted({row.fault for row in rows}):
-        mine = [row for row in rows if row.fault == fault]
-        codes = ", ".join(sorted({"hung" if row.first_code is None else str(row.first_code) for row in mine}))
-        slowest = f"{max(row.first_s for row in mine):.0f} s | {max(row.rerun_s for row in mine):.0f} s"
-        lines.append(f"| {fault} | {len(mine)} | {sum(row.is_sound for row in mine)} | {codes} | {slowest} |")
+             *by_fault(rows)]  # fmt: skip
     lines += ["", "| run | fault | moment | rank | exit code | newest whole | went on from | passed over | sound |",
               "|---|---|---|---|---|---|---|---|---|"]  # fmt: skip
     for row in rows:

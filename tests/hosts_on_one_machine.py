@@ -135,7 +135,7 @@ def _folder(path: Path) -> Iterator[None]:
         yield
     finally:
         if new:
-            with contextlib.suppress(OSError):
+            with contextlib.suppress(OSError):  # others use it by now
                 path.rmdir()
 
 

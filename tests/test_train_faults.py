@@ -18,6 +18,7 @@ from typing import Any
 import pytest
 from store_builders import target, write_plan
 from train_builders import (
+    LAUNCHER,
     losses,
     prepare_run,
     rank_environment,
@@ -96,14 +97,6 @@ def bad(rank, step, output):
     pass
 """
 
-LAUNCHER = """
-import os, sys
-from pathlib import Path
-from train.hostfile import Host
-from train.launch import launch
-sys.exit(launch([Host("localhost", 2)], sys.argv[1:], Path(sys.argv[5]) / "logs", os.environ))
-"""
-
 
 @pytest.fixture(scope="module")
 def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -154,7 +147,7 @@ def test_within_10_s_of_a_kill_9_in_the_middle_of_a_step_nobody_is_left(
     with_loader = replace(run, data=replace(run.data, num_workers=1))
     out = prepare_run(tmp_path / "killed", store, with_loader)
     env = {**rank_environment(), "BRAINLOOM_KILL": whom, "BRAINLOOM_RUN": str(out)}
-    command = [sys.executable, "-c", LAUNCHER, *worker(KILLS, out)]
+    command = [sys.executable, "-c", LAUNCHER, str(out), *worker(KILLS, out)]
     with open(tmp_path / "said", "w") as said, subprocess.Popen(command, env=env, stdout=said, stderr=said) as launcher:
         while not (out / "killed").exists():
             assert launcher.poll() is None, (tmp_path / "said").read_text()

@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 from train_builders import (
+    LAUNCHER,
     losses,
     prepare_run,
     rank_environment,
@@ -73,14 +74,6 @@ def step_and_stop(engine, feed, per_step, step, stop_requested):
 loop.take_step = step_and_stop
 from train.__main__ import main
 sys.exit(main(["worker", "--out", sys.argv[2]]))
-"""
-
-LAUNCHER = """
-import os, sys
-from pathlib import Path
-from train.hostfile import Host
-from train.launch import launch
-sys.exit(launch([Host("localhost", 2)], sys.argv[1:], Path(sys.argv[5]) / "logs", os.environ))
 """
 
 
@@ -282,7 +275,9 @@ def test_a_signal_to_the_launcher_saves_and_the_run_goes_on_identically(
 ) -> None:
     out = prepare_run(tmp_path / "stopped", store, run)
     worker = [sys.executable, "-c", STOPPED_AT_STEP_3, "worker", str(out), str(int(number))]
-    done = subprocess.run([sys.executable, "-c", LAUNCHER, *worker], env=rank_environment(), capture_output=True)
+    done = subprocess.run(
+        [sys.executable, "-c", LAUNCHER, str(out), *worker], env=rank_environment(), capture_output=True
+    )
     assert done.returncode == STOPPED, done.stderr.decode()
     assert [path.name for path in (out / "checkpoints").iterdir()] == ["step-00000004"]
     log = (out / "logs" / "rank-00000.log").read_text()

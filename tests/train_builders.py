@@ -250,16 +250,25 @@ def train_ranks(run_dir: Path, *arguments: str, slots: int = 2, command: Sequenc
     return launch([Host("localhost", slots)], [*worker, *arguments], run_dir / "logs", rank_environment())
 
 
+# A launcher in a process of its own, to be signalled or killed; argv: the run folder, then the command of a rank.
+LAUNCHER = """
+import os, sys
+from pathlib import Path
+from train.hostfile import Host
+from train.launch import launch
+sys.exit(launch([Host("localhost", 2)], sys.argv[2:], Path(sys.argv[1]) / "logs", os.environ))
+"""
+
 SEVERAL_RUNS = """
 import argparse, os, sys
 from pathlib import Path
 import torch.distributed as dist
 from train import loop
-from train.launch import _free_port
+from train.launch import free_port
 destroy, dist.destroy_process_group = dist.destroy_process_group, lambda: None  # all runs are of one group
 for run_dir in sys.argv[2:]:
     if dist.is_initialized():  # the self-check begins anew, where nothing has been said yet
-        port = [_free_port()]
+        port = [free_port()]
         dist.broadcast_object_list(port)
         os.environ["MASTER_PORT"] = port[0]
     assert loop.main(argparse.Namespace(out=Path(run_dir), resume="auto")) == 0

@@ -24,7 +24,7 @@ def seed_everything(seed: int) -> None:
 def state() -> dict[str, Tensor]:
     """The state of every source, as whole numbers."""
     _, python, _ = random.getstate()
-    numpy = np.random.get_state(legacy=False)["state"]  # noqa: NPY002
+    numpy = np.random.get_state(legacy=False)["state"]  # noqa: NPY002  the global source is what is saved
     found = {
         "python": torch.tensor(python, dtype=torch.int64),
         "numpy": torch.tensor([*numpy["key"].tolist(), numpy["pos"]], dtype=torch.int64),
@@ -41,7 +41,7 @@ def restore(folder: Path) -> None:
     found = load_file(saved[dist.get_rank() % len(saved)])
     *key, place = found["numpy"].tolist()
     random.setstate((3, tuple(found["python"].tolist()), None))
-    np.random.set_state(("MT19937", np.array(key, np.uint32), place, 0, 0.0))  # noqa: NPY002
+    np.random.set_state(("MT19937", np.array(key, np.uint32), place, 0, 0.0))  # noqa: NPY002  likewise
     torch.set_rng_state(found["torch"])
     if torch.cuda.is_available() and "cuda" in found:
         torch.cuda.set_rng_state(found["cuda"])

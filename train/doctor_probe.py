@@ -103,7 +103,7 @@ def _result(thread: threading.Thread, box: list[Fact], deadline: float) -> Fact:
 def _versions() -> dict[str, str]:
     found = {}
     for name in PACKAGES:
-        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):  # said below
             found[name] = importlib.metadata.version(name)
     return {name: found.get(name, "not installed") for name in PACKAGES}
 
@@ -160,7 +160,7 @@ def _locks(folder: Path) -> dict[str, Fact]:
         with contextlib.suppress(FileNotFoundError):  # its build has just ended
             status = lock.stat()
             key = f"{lock} {status.st_ino}"
-            found[key] = {"held": not launch._is_stale(lock, now), "age_s": now - status.st_mtime}
+            found[key] = {"held": not launch.is_stale(lock, now), "age_s": now - status.st_mtime}
     return found
 
 
@@ -196,7 +196,8 @@ def interface(peer: str, env: dict[str, str]) -> dict[str, Fact]:
     own = ""
     with contextlib.suppress(OSError):  # the host does not know its own name
         own = socket.gethostbyname(socket.gethostname())
-    return {**_link(name), "address": address, "names": names, "own": own, "env": env, "port": _free_port()}
+    port = int(launch.free_port(""))
+    return {**_link(name), "address": address, "names": names, "own": own, "env": env, "port": port}
 
 
 def _way_to(peer: str, addresses: dict[str, str]) -> str:
@@ -221,19 +222,13 @@ def _ipv4(name: str) -> str:
 
 def _link(name: str) -> dict[str, Fact]:
     mbit_s = 0
-    with contextlib.suppress(OSError, ValueError):
+    with contextlib.suppress(OSError, ValueError):  # a virtual card says none, or -1
         mbit_s = max(0, int((Path("/sys/class/net") / name / "speed").read_text()))
     ports = {}
     for port in sorted(Path("/sys/class/infiniband").glob("*/ports/*")):
         state, rate = ((port / part).read_text().strip() for part in ("state", "rate"))
         ports[f"{port.parent.parent.name}:{port.name}"] = f"{state.split(': ')[-1]}, {rate}"
     return {"name": name, "mbit_s": mbit_s, "infiniband": ports}
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("", 0))
-        return int(probe.getsockname()[1])
 
 
 def _limits() -> dict[str, int]:

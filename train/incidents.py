@@ -1,12 +1,13 @@
-"""What goes wrong in a run and does not end it: steps that are skipped, spikes of the loss that are undone.
+"""What goes wrong in a run and does not end it: windows and steps that are skipped, spikes that are undone.
 
-In: what a step found, on every rank. Out: rows of incidents.jsonl, which rank 0 appends to and nothing removes; a
-TrainingError once too many steps in a row were skipped.
+In: what a step found, on every rank. Out: rows of incidents.jsonl, which nothing removes: rank 0's, and any rank's of
+windows that it could not read; a TrainingError once too many steps in a row were skipped.
 """
 
 import json
 import math
 import time
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +16,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from prep.settings import MODALITIES
-from train.loader import TrainingSamples
+from train.loader import Skipped, TrainingSamples
 from train.loss_watch import LossWatch
-
-FILE = "incidents.jsonl"
+from train.run_folder import INCIDENTS
 
 
 class TrainingError(ValueError):
@@ -29,9 +29,16 @@ class Incidents:
     """Every rank has one, and all of them are told the same."""
 
     def __init__(self, run_dir: Path, samples: TrainingSamples) -> None:
-        self._path, self._samples, self._run = run_dir / FILE, samples, samples.config
+        self._path, self._samples, self._run = run_dir / INCIDENTS, samples, samples.config
         self._num_skipped = 0  # steps, one after the other
         self._watch = LossWatch(self._run.faults)
+
+    def note_skipped(self, step: int, skipped: list[Skipped]) -> None:
+        """Say which windows of a step could not be read on this rank, and forget them."""
+        for one in skipped:
+            print(one, flush=True)
+            self._append({"step": step, "what": "window skipped", **asdict(one)})
+        skipped.clear()
 
     def judge(self, step: int, moved: bool, loss: float, windows: Tensor) -> int | None:
         """What became of a step: whether it moved anything, the loss of all ranks, this rank's windows (2, W, 3).
@@ -75,10 +82,13 @@ class Incidents:
     def _write(self, row: dict[str, Any]) -> None:
         if dist.get_rank() != 0:
             return
-        with open(self._path, "a") as file:
-            file.write(json.dumps({**row, "unix_s": time.time()}) + "\n")
+        self._append(row)
         told = {name: value for name, value in row.items() if name != "windows"}
         print(f"incident: {json.dumps(told)} (more in {self._path})", flush=True)
+
+    def _append(self, row: dict[str, Any]) -> None:
+        with open(self._path, "a") as file:  # any rank: a line is one write
+            file.write(json.dumps({**row, "unix_s": time.time()}) + "\n")
 
 
 def _number(value: float) -> float | None:

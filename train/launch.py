@@ -39,7 +39,7 @@ def launch(hosts: list[Host], command: list[str], log_dir: Path, env: Mapping[st
     hangs ends it with HUNG. Raises LaunchError or HostfileError before anything has started.
     """
     log_dir.mkdir(parents=True, exist_ok=True)
-    watchdog, port = Watchdog(log_dir), _free_port()
+    watchdog, port = Watchdog(log_dir), free_port()
     with Signals() as signals:
         if _all_here(hosts):
             started = _start_here(hosts[0], command, log_dir, env, port)
@@ -125,9 +125,10 @@ def _num_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def _free_port() -> str:
+def free_port(address: str = "127.0.0.1") -> str:
+    """A port that nobody listens on at an address of this machine; "" is all of them."""
     with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
+        probe.bind((address, 0))
         return str(probe.getsockname()[1])
 
 
@@ -158,13 +159,14 @@ def clear_stale_locks(directory: Path, before: float) -> list[Path]:
     torch keeps its lock file open while it compiles and deletes it at the end. A build that was killed leaves the
     file, and every later run waits for it for ever, without a message.
     """
-    stale = [lock for lock in sorted(directory.glob("*/lock")) if _is_stale(lock, before)]
+    stale = [lock for lock in sorted(directory.glob("*/lock")) if is_stale(lock, before)]
     for lock in stale:
         lock.unlink(missing_ok=True)
     return stale
 
 
-def _is_stale(lock: Path, before: float) -> bool:
+def is_stale(lock: Path, before: float) -> bool:
+    """Is a lock file older than `before` (seconds since 1970), and held by no process that this one can see?"""
     try:
         status = lock.stat()
     except FileNotFoundError:

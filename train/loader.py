@@ -4,12 +4,10 @@ In: a store and a run's configuration. Out: the batches of one rank, the same wh
 not be read, and was skipped.
 """
 
-import json
 import queue
 import threading
-import time
 from collections.abc import Generator, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -148,7 +146,7 @@ def batches(samples: TrainingSamples, first_step: int, rank: int, world_size: in
     order = positions(first_step, train.num_steps, train.global_batch_size, train.micro_batch_size, rank, world_size)
     if samples.config.data.num_workers:
         return Feed(_by_workers(samples, order, pinned=gpu is not None))
-    return Feed(_read_ahead((samples.batch(at, gpu is not None) for at in order), gpu))
+    return Feed(read_ahead((samples.batch(at, gpu is not None) for at in order), gpu))
 
 
 @dataclass
@@ -175,7 +173,7 @@ def _by_workers(samples: TrainingSamples, order: Iterator[list[int]], pinned: bo
     )
 
 
-def _read_ahead(items: Iterator[Batch], gpu: int | None = None) -> Generator[Batch, None, None]:
+def read_ahead(items: Iterator[Batch], gpu: int | None = None) -> Generator[Batch, None, None]:
     """Run an iterator in a thread, a few items ahead; its error is raised here."""
     ready: queue.Queue[Batch | BaseException | None] = queue.Queue(READ_AHEAD)
     stop = threading.Event()
@@ -215,13 +213,3 @@ def _read_ahead(items: Iterator[Batch], gpu: int | None = None) -> Generator[Bat
 def to_device(batch: dict[str, Tensor], device: torch.device) -> dict[str, Tensor]:
     """Move a batch."""
     return {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}
-
-
-def note_skipped(run_dir: Path, step: int, skipped: list[Skipped]) -> None:
-    """Say what was skipped in a step, append it to incidents.jsonl, and forget it."""
-    for one in skipped:
-        print(one, flush=True)
-        row = {"step": step, "what": "window skipped", **asdict(one), "unix_s": time.time()}
-        with open(run_dir / "incidents.jsonl", "a") as file:  # any rank: a line is one write
-            file.write(json.dumps(row) + "\n")
-    skipped.clear()

@@ -26,7 +26,7 @@ from train.engine import Engine
 from train.exit_codes import STOPPED
 from train.heartbeat import FIRST_STEP, Heart
 from train.incidents import Incidents
-from train.loader import TrainingSamples, batches, note_skipped
+from train.loader import TrainingSamples, batches
 from train.metrics import MetricsLog
 from train.module_trace import module_traces
 from train.profiling import Profiler
@@ -105,7 +105,7 @@ def train(run_dir: Path, run: RunConfig, resume: str, peers: Peers, heart: Heart
             heart.begin(step)
             with profiler.watch(step):
                 row, windows, stop = take_step(engine, feed, per_step, step, stop_requested)
-            note_skipped(run_dir, step, feed.skipped)
+            incidents.note_skipped(step, feed.skipped)
             if log is not None:
                 log.write(row)
             spike = incidents.judge(step, engine.moved, row["loss"], windows)

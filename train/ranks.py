@@ -110,7 +110,7 @@ class Signals:
 
     def __exit__(self, *error: object) -> None:
         for number, handler in self._before.items():
-            signal.signal(number, handler)  # type: ignore[arg-type]
+            signal.signal(number, handler)  # type: ignore[arg-type]  # what signal.signal gave back, it takes
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         self.waiting.append(number)

@@ -88,7 +88,7 @@ class RunFolder:
         """What each rank is doing, as its heart says; a beat that is being written is left out."""
         found = []
         for path in sorted((self.path / "logs").glob("rank-*.beat")):
-            with contextlib.suppress(OSError, ValueError):
+            with contextlib.suppress(OSError, ValueError):  # being written, or its rank has ended
                 found.append({**json.loads(path.read_text()), "unix_s": path.stat().st_mtime})
         return found
 

@@ -86,7 +86,7 @@ class Peers:
         """Rank 0 serves the store: it is the last to go, but waits for nobody who does not come."""
         self._store.set(f"{heard}{self.rank}", "")
         if self.rank == 0:
-            with contextlib.suppress(dist.DistError):
+            with contextlib.suppress(dist.DistError):  # somebody did not come
                 self._store.wait([f"{heard}{rank}" for rank in range(self.world_size)], LEAVING)
 
     def _judge(self, prefix: str) -> str:

@@ -109,7 +109,7 @@ def _stacks(beats: list[Beat], logs: dict[int, Path]) -> dict[int, list[str]]:
     begins = {beat.rank: logs[beat.pid].stat().st_size for beat in beats}
     for number in (STACKS, signal.SIGCONT):
         for beat in beats:
-            with contextlib.suppress(ProcessLookupError):
+            with contextlib.suppress(ProcessLookupError):  # it has ended since its last beat
                 os.kill(beat.pid, number)
     deadline_s, stacks = time.monotonic() + STACKS_S, dict[int, list[str]]()
     while beats and time.monotonic() < deadline_s:

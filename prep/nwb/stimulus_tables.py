@@ -36,7 +36,7 @@ def read_stimulus_tables(survey: Survey) -> list[Draft]:
     names = library(survey)
     for node in [node for node in survey.nodes.values() if node.path not in survey.found]:
         if is_dataset(get(survey.file, f"{node.path}/start_time")):
-            drafts += _guarded(survey, node, lambda node=node: _read(survey, node, names))  # type: ignore[misc]
+            drafts += _guarded(survey, node, lambda node=node: _read(survey, node, names))  # type: ignore[misc]  # mypy has no type for a lambda with a default
     return drafts
 
 

@@ -31,7 +31,7 @@ from windows import WINDOW_NS, Read, Windows, copied_into, in_turns  # noqa: E40
 from prep.store import Session, Store  # noqa: E402
 from train import config  # noqa: E402
 from train.build import model_config  # noqa: E402
-from train.loader import TrainingSamples, _read_ahead, batches  # noqa: E402
+from train.loader import TrainingSamples, batches, read_ahead  # noqa: E402
 
 MEMMAP, OWN, WHOLE = "bare memmap, places known", "Brainloom's reader", "whole windows, as batches"
 NUM_WINDOWS, BATCH = 5_000, 16
@@ -98,7 +98,7 @@ def delivered(session: Session, windows: Windows) -> Iterator[None]:
                 stream[place, : len(values)] = values
         return {name: torch.from_numpy(stream) for name, stream in zip(windows.streams, room, strict=True)}
 
-    for _ in _read_ahead((filled(), []) for _ in itertools.count()):
+    for _ in read_ahead((filled(), []) for _ in itertools.count()):
         yield from itertools.repeat(None, BATCH)
 
 

@@ -67,7 +67,7 @@ class BrainloomProcessor(FeatureExtractionMixin):
         self.units: dict[str, Tensor] = {}
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **kwargs: Any) -> "BrainloomProcessor":  # type: ignore[override]
+    def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **kwargs: Any) -> "BrainloomProcessor":  # type: ignore[override]  # the library's has more arguments
         """Load from a hub folder or repository, the unit table included."""
         processor: BrainloomProcessor = super().from_pretrained(pretrained_model_name_or_path, **kwargs)
         source = str(pretrained_model_name_or_path)
@@ -80,7 +80,7 @@ class BrainloomProcessor(FeatureExtractionMixin):
         self.unit_keys, self.units = keys, units
         return self
 
-    def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> list[str]:  # type: ignore[override]
+    def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> list[str]:  # type: ignore[override]  # the library's has more arguments
         """Write the configuration and the unit table."""
         written: list[str] = super().save_pretrained(save_directory, **kwargs)
         save_file(self.units, Path(save_directory) / UNITS_FILE)
