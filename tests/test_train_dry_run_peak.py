@@ -24,10 +24,11 @@ from train.dry_run import job_of
 from train.memory import most
 from train.plan import plan_of, samples_of
 from train.sources import SourceTable
-from train.traffic import Machine
+from train.traffic import Machine, laptop
 
 pytestmark = pytest.mark.slow
 NUM_UNITS, LENGTH_S = 80, 60
+only_on_a_cpu = pytest.mark.skipif(torch.cuda.is_available(), reason="of a CPU's memory")
 
 
 @pytest.fixture(scope="module")
@@ -79,15 +80,18 @@ def warm(run: RunConfig) -> RunConfig:
     return replace(tiny, checkpoint_every=1, validate_every=1, ds_config=run.ds_config, faults=run.faults)
 
 
-def estimated(run: RunConfig, store: Path, ranks: int) -> float:
-    """The same, by the dry run, without what it only assumes."""
+def estimated(run: RunConfig, store: Path, ranks: int, slack: float) -> float:
+    """The same, by the dry run."""
     opened, on_cuda = Store(store), torch.cuda.is_available()
     job = job_of(run, 1, ranks, len(SourceTable(opened)), on_cuda)
     plan = plan_of(job, Machine(), *samples_of(run, opened))
-    return most(plan.parts, *(("device",) if on_cuda else ("device", "host")))
+    return most(plan.parts, *(("device",) if on_cuda else ("device", "host"))) * (1 + slack)
 
 
 @pytest.mark.timeout(1800)
+@pytest.mark.parametrize(
+    "allocator", [pytest.param(ALLOCATOR, id="exact"), pytest.param({}, id="as it is", marks=only_on_a_cpu)]
+)
 @pytest.mark.parametrize(
     ("preset", "ranks", "overrides"),
     [
@@ -98,16 +102,23 @@ def estimated(run: RunConfig, store: Path, ranks: int) -> float:
     ],
 )
 def test_the_estimate_is_within_a_tenth_of_the_measured_peak(
-    store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, preset: str, ranks: int, overrides: list[str]
+    store: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    preset: str,
+    ranks: int,
+    overrides: list[str],
+    allocator: dict[str, str],
 ) -> None:
-    """On CPUs; where there is a GPU, of what torch has allocated there (one rank)."""
+    """On CPUs, with and without what the allocator keeps; on a GPU, of what torch has allocated there (one rank)."""
     if torch.cuda.is_available() and ranks > torch.cuda.device_count():
         pytest.skip("needs a GPU for each rank")
-    for name, value in ALLOCATOR.items():
+    for name, value in allocator.items():
         monkeypatch.setenv(name, value)
     of_all = ["checkpoint_every=2", "train.precision=fp32", "data.num_workers=0", "faults.watchdog_s=600"]
-    mechanics = f"ds_config={ROOT}/ds_configs/zero3.json"
-    run = load(ROOT / "train" / "configs" / f"{preset}.yaml", [*overrides, *of_all, mechanics])
-    by_formula, found = estimated(run, store, ranks), measured(run, store, tmp_path, ranks)
+    run = load(ROOT / "train" / "configs" / f"{preset}.yaml", [*overrides, *of_all])
+    run = replace(run, ds_config=str(ROOT / run.ds_config))
+    slack = 0.0 if allocator or torch.cuda.is_available() else laptop(16).slack
+    by_formula, found = estimated(run, store, ranks, slack), measured(run, store, tmp_path, ranks)
     print(f"{preset} on {ranks}: {by_formula / 2**20:.1f} MiB by formula, {found / 2**20:.1f} measured")
     assert by_formula == pytest.approx(found, rel=0.1)

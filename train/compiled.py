@@ -21,13 +21,12 @@ def compile_whole(model: BrainloomForPreTraining) -> None:
     model.__class__ = _compiled(type(model))
 
 
-def compile_blocks(model: BrainloomForPreTraining) -> list[type[nn.Module]]:
-    """Compile the inside of each block, which must have no hook of ZeRO's in it; returns the classes of the blocks."""
+def compile_blocks(model: BrainloomForPreTraining) -> None:
+    """Compile the inside of each block, which must have no hook of ZeRO's in it."""
     blocks = [module for module in model.modules() if type(module).__name__ in model._no_split_modules]
     kinds = {kind: _compiled(kind) for kind in {type(block) for block in blocks}}
     for block in blocks:
         block.__class__ = kinds[type(block)]
-    return [*kinds.values()]
 
 
 def _compiled(kind: type[Module]) -> type[Module]:

@@ -94,11 +94,12 @@ class Engine:
             model = build_model(config, _gather if stage3 else whole)
         if config.train.activation_checkpointing:
             model.activation_checkpointing_enable({"use_reentrant": False})
-        if config.train.compile and not stage3:
-            compile_whole(model)
-        elif config.train.compile:
-            # ZeRO-3 gathers weights in hooks, which cannot be compiled: those of a block around it, all at once.
-            set_z3_leaf_modules(model, compile_blocks(model))
+        if config.train.compile:
+            (compile_blocks if stage3 else compile_whole)(model)
+        if stage3:
+            # ZeRO-3 gathers weights in hooks: around a block, all of its weights at once. Around each part of it they
+            # cannot be compiled, and cost as much as the part.
+            set_z3_leaf_modules(model, model._no_split_modules)
         self.num_parameters = sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters())
         # On the host, torch's other ways of computing the step are several times slower.
         optimizer = make_optimizer(model, config.train, fused=True if "offload_optimizer" in mechanics else None)

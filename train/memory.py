@@ -4,8 +4,7 @@ In: a job, which is a run on a number of nodes under a ds_config. Out: parts, ea
 
 What DeepSpeed keeps is read off its source (runtime/zero/stage3.py, stage_1_and_2.py of 0.19), and every term is one of
 `parts`; tests/test_train_dry_run_peak.py holds their sum against the peak of real runs. In no term is what the C
-library keeps of freed blocks on a CPU (a small run has almost half as much again), and what a CPU's bf16 kernels take
-inside.
+library keeps of freed blocks on a CPU (the slack of `traffic.laptop`), and what a CPU's bf16 kernels take inside.
 """
 
 import math

@@ -20,6 +20,7 @@ from dataclasses import replace
 from datetime import date
 from importlib.metadata import version
 from pathlib import Path
+from unittest import mock
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 os.environ |= {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "LOCAL_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
@@ -44,6 +45,7 @@ from train.schedule import lr_factor
 from train.sources import SourceTable
 
 ROOT = Path(__file__).resolve().parents[2]
+LINEAR = F.linear  # DeepSpeed puts another in its place for the whole process
 ALLOWED = {"debug": 1.25, "20m": 1.10}  # times the loop by hand, on one CPU process
 SAME_LOSS = 1e-4  # of the first step; from then on by hand rows move that a step does not use
 RUN_STEPS, SAVE_EVERY = 200, 100
@@ -71,8 +73,9 @@ class ByHand:
         arguments = {name: tensor for name, tensor in batch.items() if name != "unit_rows"}
         rows = batch["unit_rows"]
         embeds = F.embedding(rows.clamp(min=0), self.rows) * (rows >= 0)[..., None]
-        loss = self.model(context_s=self.run.turn(step).context_s, unit_embeds=embeds, **arguments).loss
-        loss.backward()
+        with mock.patch.object(F, "linear", LINEAR):
+            loss = self.model(context_s=self.run.turn(step).context_s, unit_embeds=embeds, **arguments).loss
+            loss.backward()
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), train.clip_norm)
         for optimizer in (self.optimizer, self.row_optimizer):
             optimizer.step()
@@ -80,24 +83,24 @@ class ByHand:
         return float(loss)
 
 
-def run_of(preset: str, batch: int, num_steps: int) -> config.RunConfig:
-    """The preset's run on one rank of a CPU: fp32, one micro-batch a step."""
+def run_of(preset: str, num_steps: int) -> config.RunConfig:
+    """The preset's run on one rank of a CPU: fp32, one of its micro-batches a step."""
     run = config.load(ROOT / "train" / "configs" / f"{preset}.yaml")
     train = replace(
         run.train,
-        global_batch_size=batch,
-        micro_batch_size=batch,
+        global_batch_size=run.train.micro_batch_size,
         num_steps=num_steps,
         precision="fp32",
         warmup_steps=5,
     )
     data = replace(run.data, num_workers=0, max_units=64)
-    return replace(run, ds_config=str(ROOT / "ds_configs" / "zero3.json"), train=train, data=data)
+    return replace(run, ds_config=str(ROOT / run.ds_config), train=train, data=data)
 
 
-def take_turns(preset: str, store: Path, batch: int, num_turns: int) -> list[str]:
+def take_turns(preset: str, store: Path, num_turns: int) -> list[str]:
     """A row of the table."""
-    run = run_of(preset, batch, num_turns)
+    run = run_of(preset, num_turns)
+    batch = run.train.micro_batch_size
     chance.seed_everything(run.seed)
     samples = TrainingSamples(store, run, model_config(run))
     keys = SourceTable(Store(store)).keys
@@ -170,11 +173,10 @@ def main() -> int:
     parser.add_argument("--out", type=Path, default=ROOT / "runs" / "bench-trainer")
     parser.add_argument("--turns", type=int, default=40)
     parser.add_argument("--presets", nargs="+", default=list(ALLOWED))
-    parser.add_argument("--batch", type=int, default=16)
     args = parser.parse_args()
     store = make_store(args.out)
     deepspeed.init_distributed("gloo", verbose=False)
-    rows = [take_turns(preset, store, args.batch, args.turns) for preset in args.presets]
+    rows = [take_turns(preset, store, args.turns) for preset in args.presets]
     text = "\n\n".join(
         [
             "# What the trainer costs",
