@@ -1,7 +1,7 @@
 """The small networks: an MLP for headings, co-smoothing and forecasts of spikes, a GRU for forecasts.
 
-In: a Recording, a task, a fold. Out: predictions of the test block, each the mean of three networks from fixed seeds;
-each keeps the pass over train with the least cost on the valid block, which also chose the recipes below.
+In: a Recording, a task, a fold. Out: predictions of the test block, of one network or the mean of three, from fixed
+seeds; each keeps the pass over train with the least cost on the valid block, which also chose the recipes below.
 """
 
 import copy
@@ -110,12 +110,14 @@ def say(network: nn.Module, seen: torch.Tensor) -> torch.Tensor:
         return network(seen)
 
 
-def mean_of(recipe: Recipe, inputs: Arrays, targets: Arrays, make: Callable[..., nn.Module], cost: Cost) -> np.ndarray:
+def mean_of(
+    num_seeds: int, recipe: Recipe, inputs: Arrays, targets: Arrays, make: Callable[..., nn.Module], cost: Cost
+) -> np.ndarray:
     """What networks from different seeds say of test, on average."""
     flat = {split: array.reshape(len(array), -1) for split, array in targets.items()}
     num_inputs = math.prod(inputs["test"].shape[1:]) if make is Mlp else inputs["test"].shape[2]
     said = []
-    for seed in range(NUM_SEEDS):
+    for seed in range(num_seeds):
         torch.manual_seed(seed)
         network = make(num_inputs, flat["train"].shape[1], recipe)
         if cost is poisson_cost:
@@ -134,17 +136,17 @@ def _begin_at_mean(network: nn.Module, counts: np.ndarray) -> None:
 # ---------------------------------------------------------------- the tasks
 
 
-def predict_heading(recording: Recording, task: str, fold: int | None) -> np.ndarray:
+def predict_heading(recording: Recording, task: str, fold: int | None, num_seeds: int) -> np.ndarray:
     """cos and sin by MLP."""
     recipe = HEADING[task]
     problem = windows.problem(recording, task, fold, recipe.bin_s)
-    return mean_of(recipe, problem.inputs(recipe.features), problem.asked, Mlp, nn.functional.mse_loss)
+    return mean_of(num_seeds, recipe, problem.inputs(recipe.features), problem.asked, Mlp, nn.functional.mse_loss)
 
 
-def predict_spikes(recording: Recording, task: str, fold: int | None) -> np.ndarray:
+def predict_spikes(recording: Recording, task: str, fold: int | None, num_seeds: int) -> np.ndarray:
     """Held-out units by MLP."""
     problem = windows.problem(recording, task, fold)
-    log_rate = mean_of(SPIKES, problem.inputs(SPIKES.features), problem.asked, Mlp, poisson_cost)
+    log_rate = mean_of(num_seeds, SPIKES, problem.inputs(SPIKES.features), problem.asked, Mlp, poisson_cost)
     return _floored(log_rate, problem.asked["train"])
 
 
@@ -152,6 +154,7 @@ def predict_future_spikes(
     recording: Recording,
     task: str,
     fold: int | None,
+    num_seeds: int,
     recipe: Recipe = FUTURE_BY_GRU,
     make: Callable[..., nn.Module] = Gru,
 ) -> np.ndarray:
@@ -161,7 +164,7 @@ def predict_future_spikes(
         split: asked.reshape(len(asked), -1, BINS_OF_A_BAND, recording.num_units).mean(2)
         for split, asked in problem.asked.items()
     }
-    log_rate = mean_of(recipe, problem.inputs(recipe.features), bands, make, poisson_cost)
+    log_rate = mean_of(num_seeds, recipe, problem.inputs(recipe.features), bands, make, poisson_cost)
     return np.repeat(_floored(log_rate, bands["train"]), BINS_OF_A_BAND, axis=1)
 
 
@@ -169,7 +172,7 @@ def _floored(log_rate: np.ndarray, counts: np.ndarray) -> np.ndarray:
     return np.maximum(np.exp(log_rate), LOWEST * counts.mean(0))
 
 
-def predict_future_frames(recording: Recording, task: str, fold: int | None) -> np.ndarray:
+def predict_future_frames(recording: Recording, task: str, fold: int | None, num_seeds: int) -> np.ndarray:
     """Each ROI from its own past by one GRU for all."""
     problem = windows.problem(recording, task, fold)
     seen, change = scaled_frames(recording, problem, fold)
@@ -179,20 +182,29 @@ def predict_future_frames(recording: Recording, task: str, fold: int | None) -> 
 
     seen = {split: own(array)[..., None] for split, array in seen.items()}
     change = {split: own(array) for split, array in change.items()}
-    found = mean_of(FRAMES, seen, change, Gru, nn.functional.mse_loss)
+    found = mean_of(num_seeds, FRAMES, seen, change, Gru, nn.functional.mse_loss)
     found = found.reshape(recording.traces.shape[1], -1, protocol.NUM_FRAMES).transpose(1, 2, 0)
     return unscaled_frames(recording, problem, fold, found)
 
 
-NETWORKS: dict[str, dict[str, Callable[[Recording, str, int | None], np.ndarray]]] = {
-    "MLP": {
-        "hd_acausal": predict_heading,
-        "hd_causal": predict_heading,
-        "cosmooth": predict_spikes,
-        "forecast": partial(predict_future_spikes, recipe=FUTURE_BY_MLP, make=Mlp),
-    },
-    "GRU": {
-        "forecast": partial(predict_future_spikes, recipe=FUTURE_BY_GRU, make=Gru),
-        "forecast_ca": predict_future_frames,
-    },
-}
+Predict = Callable[[Recording, str, int | None], np.ndarray]
+
+
+def _of(num_seeds: int, **tasks: Callable[..., np.ndarray]) -> dict[str, Predict]:
+    return {task: partial(predict, num_seeds=num_seeds) for task, predict in tasks.items()}
+
+
+NETWORKS: dict[str, dict[str, Predict]] = {}
+for number, ending in ((1, ""), (NUM_SEEDS, f", mean of {NUM_SEEDS}")):
+    NETWORKS[f"MLP{ending}"] = _of(
+        number,
+        hd_acausal=predict_heading,
+        hd_causal=predict_heading,
+        cosmooth=predict_spikes,
+        forecast=partial(predict_future_spikes, recipe=FUTURE_BY_MLP, make=Mlp),
+    )
+    NETWORKS[f"GRU{ending}"] = _of(
+        number,
+        forecast=partial(predict_future_spikes, recipe=FUTURE_BY_GRU, make=Gru),
+        forecast_ca=predict_future_frames,
+    )

@@ -123,8 +123,8 @@ def section(benches: list[Bench], folds: list[int]) -> str:
         "# Real recordings, by the fixed protocol",
         *origin(),
         "Brainloom: one checkpoint per recording and split, trained on the split's train blocks alone, asked as a hub "
-        "folder (tests/bench/science/*.yaml; seed 0). MLP, GRU: the mean of three seeds, one network per task. POYO: "
-        f"{peer.POYO.unfair}. Intervals are of 95 %, over resampled segments of contiguous windows.",
+        "folder (tests/bench/science/*.yaml; seed 0). MLP, GRU: a network per task (seed 0), and the mean of three. "
+        f"POYO: {peer.POYO.unfair}. Intervals are of 95 %, over resampled segments of contiguous windows.",
     ]
     return "\n\n".join(head + [part for bench in benches for part in recording_parts(bench, folds)]) + "\n"
 
