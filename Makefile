@@ -20,7 +20,7 @@ VERBATIM := NODES SLOTS HOSTFILE STORE OUT RUN RUN_DIR HUB REPO RECIPE DATASET S
 $(foreach name,$(VERBATIM),$(eval override export $(name) := $$(value $(name))))
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-all bench bench-science bench-gpu bench-trainer check lint prep inspect verify report hostfile doctor dry-run train train-report eval audit export adapt push campaign
+.PHONY: help install demo test test-all bench bench-science bench-gpu bench-trainer bench-scaling check lint prep inspect verify report hostfile doctor dry-run train train-report eval audit export adapt push campaign
 
 help:  ## print this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-13s %s\n", $$1, $$2}'
@@ -59,6 +59,9 @@ bench-gpu: .venv/installed  ## what the 300m and 1b models make of one GPU, in b
 bench-trainer: .venv/installed  ## the trainer beside a loop written by hand, and what a run waits for -> tests/bench/RESULTS.md
 	$(PY) -W ignore tests/bench/trainer.py $(ARGS)
 
+bench-scaling: .venv/installed  ## a step on two hosts over links of three speeds, predicted and measured -> tests/bench/RESULTS.md (needs root)
+	$(PY) -W ignore tests/bench/scaling.py $(ARGS)
+
 lint: .venv/installed  ## ruff and mypy
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -85,7 +88,7 @@ hostfile: .venv/installed  ## [NODES="a b"] [SLOTS=8]: from SLURM, PBS, LSF, MPI
 doctor: .venv/installed  ## [HOSTFILE=hostfiles/cluster] [STORE=store] [RUN=x.yaml] [OUT=runs/x]: is every host fit to train?
 	$(PY) -m train doctor --hostfile "$$HOSTFILE" --store "$$STORE" --config "$$RUN" --out "$${OUT:-runs}" $(ARGS)
 
-dry-run: .venv/installed  ## RUN=train/configs/1b.yaml [NODES=8 SLOTS=8 | HOSTFILE=hostfiles/cluster] [STORE=store]: memory, traffic, days, without a GPU
+dry-run: .venv/installed  ## RUN=train/configs/1b.yaml [NODES=8 SLOTS=8 | HOSTFILE=hostfiles/cluster] [STORE=store]: memory, traffic, days, 1 to 8 nodes, without a GPU
 	$(PY) -m train dry-run --config "$$RUN" $(GIVEN) $(ARGS)
 
 train: .venv/installed  ## RUN=train/configs/x.yaml STORE=store OUT=runs/x [HOSTFILE=hostfiles/cluster]: train, or resume
