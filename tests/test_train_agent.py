@@ -201,10 +201,13 @@ def test_a_stale_lock_of_a_host_is_removed_and_said(
     assert not lock.exists()
 
 
-def launched(tmp_path: Path, env: dict[str, str], code: str) -> tuple["subprocess.Popen[str]", list[int]]:
+def launched(
+    tmp_path: Path, env: dict[str, str], code: str, *arguments: str
+) -> tuple["subprocess.Popen[str]", list[int]]:
     """A launcher in a process of its own, and the ids of its ranks, once all have said theirs."""
+    command = python("print(os.getpid(), flush=True)\n" + code, *arguments)
     process = subprocess.Popen(
-        [sys.executable, "-c", LAUNCHER, str(tmp_path / "logs"), *python("print(os.getpid(), flush=True)\n" + code)],
+        [sys.executable, "-c", LAUNCHER, str(tmp_path / "logs"), *command],
         env={**env, "PYTHONPATH": str(ROOT)}, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
     wait(lambda: all(log(tmp_path, rank).endswith("\n") for rank in range(3)), "the ranks to start")
@@ -214,10 +217,17 @@ def launched(tmp_path: Path, env: dict[str, str], code: str) -> tuple["subproces
 def test_a_signal_to_the_launcher_reaches_the_ranks_of_all_hosts_which_save_and_leave(
     tmp_path: Path, env: dict[str, str]
 ) -> None:
-    code = "signal.signal(signal.SIGUSR1, lambda *_: sys.exit(85))\nprint('ready', flush=True)\ntime.sleep(60)"
-    process, pids = launched(tmp_path, env, code)
-    wait(lambda: all("ready" in log(tmp_path, rank) for rank in range(3)), "the handlers")
-    process.send_signal(signal.SIGUSR1)
+    code = (
+        "while not os.path.exists(sys.argv[1]): time.sleep(0.02)\n"
+        "signal.signal(signal.SIGUSR1, lambda *_: sys.exit(85))\n"
+        "signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGUSR1])\n"
+        "time.sleep(60)"
+    )
+    process, pids = launched(tmp_path, env, code, str(tmp_path / "ready"))
+    process.send_signal(signal.SIGUSR1)  # before they can save: it waits for them
+    time.sleep(0.5)
+    assert all(alive(pid) for pid in pids)
+    (tmp_path / "ready").touch()
     _, said = process.communicate(timeout=20)
     assert process.returncode == STOPPED, said
     assert "SIGUSR1, passed on to 3 process(es)" in said and not any(alive(pid) for pid in pids)

@@ -202,6 +202,7 @@ def test_a_signal_to_the_launcher_reaches_every_rank_and_ends_everything(
 def test_sigusr1_is_passed_on_and_a_second_sigterm_does_not_wait(tmp_path: Path) -> None:
     code = (
         "signal.signal(signal.SIGUSR1, lambda *_: print('checkpoint', flush=True))\n"
+        "signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGUSR1])\n"
         "count = []\n"
         "def stop(*_):\n    count.append(1); print('no', flush=True)\n    if len(count) > 1: sys.exit(1)\n"
         "signal.signal(signal.SIGTERM, stop)\n"

@@ -70,7 +70,7 @@ class Gone:
 class Lost:
     """The launcher's own: a host that cannot be reached, or is not heard of any more; since when."""
 
-    what: str  # "unreachable", "no agent", "agent lost", "silent"
+    what: str  # "host unreachable", "agent missing", "agent lost", "host silent"
     why: str
     silent_s: float = 0.0
 

@@ -145,13 +145,13 @@ class Node:
             if self.hello is not None:
                 return Lost("agent lost", f"its agent has gone without a word ({ended})")
             if code == 255:
-                return Lost("unreachable", f"it cannot be reached ({ended})")
-            return Lost("no agent", f"its agent does not start ({ended})")
+                return Lost("host unreachable", f"it cannot be reached ({ended})")
+            return Lost("agent missing", f"its agent does not start ({ended})")
         if self.hello is None and silent_s > START_S:
-            return Lost("no agent", f"no word of its agent within {START_S:g} s", silent_s)
+            return Lost("agent missing", f"no word of its agent within {START_S:g} s", silent_s)
         if self.hello is not None and silent_s > LOST_S:
             why = f"no pulse of its agent for {silent_s:.0f} s: the host or its network is down, or it is frozen"
-            return Lost("silent", why, silent_s)
+            return Lost("host silent", why, silent_s)
         return None
 
     def complaint(self) -> str:

@@ -134,7 +134,7 @@ def start(rank: int, command: list[str], log: Path, env: Mapping[str, str]) -> S
                 stderr=subprocess.STDOUT,
                 env=dict(env),
                 process_group=0,
-                preexec_fn=die_with_parent(),
+                preexec_fn=_in_rank(),
             )
         except OSError as error:
             raise LaunchError(
@@ -142,6 +142,18 @@ def start(rank: int, command: list[str], log: Path, env: Mapping[str, str]) -> S
                 "command."
             ) from None
         return Started(rank, process, log, file.tell())
+
+
+def _in_rank() -> Callable[[], None]:
+    """A rank that is asked to save before it can (its imports take seconds) does so as soon as it can: it unblocks."""
+    die = die_with_parent()
+
+    def in_child() -> None:
+        signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGUSR1])
+        if die is not None:
+            die()
+
+    return in_child
 
 
 def die_with_parent() -> Callable[[], None] | None:
