@@ -16,8 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-NEEDS = ("sshd", "ssh", "ssh-keygen", "pdsh", "ip", "unshare")
-PACKAGES = "openssh-server openssh-client pdsh iproute2 util-linux"
+NEEDS = ("sshd", "ssh", "ssh-keygen", "ip", "unshare")
+PACKAGES = "openssh-server openssh-client iproute2 util-linux"
 LOGIN = "login"  # where commands start; it runs no ranks
 PATIENCE_S = 20.0
 # In the new namespaces, before the command: who this is, and shared memory that no other host sees.

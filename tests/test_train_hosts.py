@@ -5,18 +5,21 @@ In: hosts in namespaces of this machine, a tiny store. Out: what the commands pr
 
 import os
 import shlex
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from campaign import below, cmdline, wait
 from hosts_on_one_machine import Hosts, hosts, why_not
 from slurm_on_one_machine import slurm
 from slurm_on_one_machine import why_not as why_no_slurm
 from train_builders import ROOT, losses, prepare_run, rank_environment, tiny_run, tiny_store, train_ranks
 
 from train import hostfile
+from train.exit_codes import STOPPED
 from train.hostfile import Host
 
 pytestmark = [
@@ -103,17 +106,33 @@ def test_the_doctor_names_the_host_that_is_cut_off_and_the_one_that_is_slow(thre
     assert "leave it out: `make hostfile ARGS='--exclude n3'`" in done.stdout
 
 
-def test_a_run_over_two_hosts_has_the_losses_of_one_host(three: Hosts, store: Path, tmp_path: Path) -> None:
-    run = tiny_run(num_steps=4)
+def test_a_run_over_two_hosts_saves_on_a_signal_goes_on_and_has_the_losses_of_one_host(
+    three: Hosts, store: Path, tmp_path: Path
+) -> None:
+    run = tiny_run(num_steps=8)
     one = prepare_run(tmp_path / "one", store, run)
     assert train_ranks(one, slots=2) == 0
     run.save(tmp_path / "run.yaml")
     hostfile.write(tmp_path / "cluster", [Host("n1", 1), Host("n2", 1)], "test")
     words = ["--config", tmp_path / "run.yaml", "--store", store, "--out", tmp_path / "two"]
     command = [sys.executable, "-m", "train", "train", *words, "--hostfile", tmp_path / "cluster"]
-    env = {**rank_environment(), "DS_ACCELERATOR": "cpu", "GLOO_SOCKET_IFNAME": "eth0"}
+    env = {**rank_environment(), "DS_ACCELERATOR": "cpu"}
+    with open(tmp_path / "said", "w") as said:
+        process = subprocess.Popen(
+            three.words("login", list(map(str, command))), cwd=ROOT, env=env, stdout=said, stderr=said, text=True
+        )
+        rows = tmp_path / "two" / "metrics.jsonl"
+        assert wait(lambda: process.poll() is not None or (rows.exists() and rows.read_text()), 300)
+        [launcher] = [
+            pid for pid in below(process.pid) if cmdline(pid).split(b"\0")[1:4] == [b"-m", b"train", b"train"]
+        ]
+        os.kill(launcher, signal.SIGUSR1)
+        assert process.wait(timeout=60) == STOPPED, (tmp_path / "said").read_text()
+    assert "SIGUSR1, passed on to 2 process(es)" in (tmp_path / "said").read_text()
+    assert 0 < len(losses(tmp_path / "two")) < 8
     done = three.run(*map(str, command), cwd=ROOT, env=env)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    assert "resuming from" in done.stdout and "n2: rank 1 of 2, agent " in done.stderr
     assert max(abs(a - b) for a, b in zip(losses(one), losses(tmp_path / "two"), strict=True)) < 1e-5
 
 

@@ -20,12 +20,13 @@ from pathlib import Path
 from typing import Any
 
 from prep.store import Store, StoreError
-from train import config, hostfile, launch
+from train import config, hostfile
 from train.allocation import DEFAULT_PATH, discover
 from train.doctor_checks import CHECKS, MIN_FREE_BYTES, Context, Facts, Found, Line, all_reduce, lines
 from train.doctor_probe import FACT_S, MARK, Question, nearest_folder
 from train.hostfile import Host
-from train.on_hosts import Answer, ask_all, words_for
+from train.on_hosts import Answer, ask_all, reached_at, words_for
+from train.rank_environment import extensions_dir
 
 PROBE_S = FACT_S + 15.0  # with the way there and the start of Python
 STATE_BYTES = 12  # of a parameter in a checkpoint: itself and two moments
@@ -88,15 +89,10 @@ def _question(args: argparse.Namespace, hosts: list[Host], host: Host, marker: s
         config=str(args.config.resolve()) if args.config else "",
         out=str(args.out.resolve()) if args.out else "",
         marker=marker,
-        extensions=str(launch.extensions_dir(os.environ)),
-        peer=next((_reached_at(other) for other in hosts if other != host), ""),
+        extensions=str(extensions_dir(os.environ)),
+        peer=next((reached_at(other) for other in hosts if other != host), ""),
         env={name: os.environ[name] for name in INTERFACES if name in os.environ},
     )
-
-
-def _reached_at(host: Host) -> str:
-    """An address, since the ranks find each other by addresses: the hosts need not know each other's names."""
-    return min(hostfile.addresses(host.name), default=host.name)
 
 
 def _needed_bytes(path: Path | None, store: str) -> float:
