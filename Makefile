@@ -12,15 +12,17 @@ RUN ?= train/configs/debug.yaml
 HOSTFILE ?= hostfiles/cluster
 ARGS ?=
 
-# What of this was typed, for `make dry-run`, which does without.
-GIVEN := $(foreach name,STORE HOSTFILE NODES SLOTS,$(if $(filter command environment,$(origin $(name))),--$(shell tr A-Z a-z <<< $(name)) "$$$(name)"))
+# What of some variables was typed, for commands that do without.
+given = $(foreach name,$(1),$(if $(filter command environment,$(origin $(name))),--$(shell tr A-Z a-z <<< $(name)) "$$$(name)"))
+GIVEN := $(call given,STORE HOSTFILE NODES SLOTS)
+GIVEN_SIZE := $(call given,NODES SLOTS)
 
 # Recipes that say "$$NODES" instead of $(NODES) get the value as it was typed: neither make nor a shell reads it.
 VERBATIM := NODES SLOTS HOSTFILE STORE OUT RUN RUN_DIR HUB REPO RECIPE DATASET SCHEDULER CLUSTER FILE
 $(foreach name,$(VERBATIM),$(eval override export $(name) := $$(value $(name))))
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-all bench bench-science bench-gpu bench-trainer bench-scaling check lint prep inspect verify report hostfile doctor dry-run train train-report eval audit export adapt push campaign
+.PHONY: help install demo test test-all bench bench-science bench-gpu bench-trainer bench-scaling check lint prep inspect verify report hostfile doctor dry-run train sbatch train-report eval audit export adapt push campaign
 
 help:  ## print this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-13s %s\n", $$1, $$2}'
@@ -93,6 +95,9 @@ dry-run: .venv/installed  ## RUN=train/configs/1b.yaml [NODES=8 SLOTS=8 | HOSTFI
 
 train: .venv/installed  ## RUN=train/configs/x.yaml STORE=store OUT=runs/x [HOSTFILE=hostfiles/cluster]: train, or resume
 	$(PY) -m train train --config "$$RUN" --store "$$STORE" --out "$${OUT:-runs/$$(basename "$$RUN" .yaml)}" --hostfile "$$HOSTFILE" $(ARGS)
+
+sbatch: .venv/installed  ## RUN=… STORE=… OUT=… [NODES=8 SLOTS=8]: the batch script of a run for SLURM -> OUT/job.sbatch, and how to submit it
+	$(PY) -m train sbatch --config "$$RUN" --store "$$STORE" --out "$${OUT:-runs/$$(basename "$$RUN" .yaml)}" $(GIVEN_SIZE) $(ARGS)
 
 train-report: .venv/installed  ## RUN_DIR=runs/x: curves, scores and pictures of a run -> RUN_DIR/report.html
 	$(PY) -m train report "$$RUN_DIR" $(ARGS)

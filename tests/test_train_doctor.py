@@ -346,7 +346,7 @@ def test_what_is_said_of_the_network_is_of_its_slowest_way_and_dry_run_takes_it(
     lost = {"pair": ["a", "d"], "error": "timed out"}
     ways = [{"gbit_s": 8.0, "latency_us": 90.0}, {"gbit_s": 4.0, "latency_us": 30.0}, lost]
     said = of_the_network(ways)
-    assert said.endswith('the worst of 2 pair(s): make dry-run ARGS="--bandwidth-inter 0.5 --latency-inter 90"')
+    assert said.endswith('the worst of 2 pair(s): make dry-run ARGS="--bandwidth-inter 0.5 --latency-inter 90.0"')
     assert of_the_network([lost]) == ""
     parser = argparse.ArgumentParser()
     dry_run.configure(parser)

@@ -83,6 +83,7 @@ def test_make_hostfile_and_make_doctor_find_two_hosts_well(three: Hosts, store: 
     assert "n2               interface   ok    eth0 (" in done.stdout
     measured = [line for line in done.stdout.splitlines() if " all-reduce  ok" in line and "1 pair(s)" in line]
     assert len(measured) == 2
+    assert 'the worst of 1 pair(s): make dry-run ARGS="--bandwidth-inter ' in done.stdout.splitlines()[-1]
     unknown = _make(three, tmp_path, "hostfile", "NODES=n[1-4]", "SLOTS=1", f"HOSTFILE={path}")
     assert unknown.returncode == 2 and "found 'n4', which neither the name service" in unknown.stderr
     alias = _make(three, tmp_path, "hostfile", f"NODES=n1 {three.address('n1')}", "SLOTS=1", f"HOSTFILE={path}")

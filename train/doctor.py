@@ -69,8 +69,8 @@ def main(args: argparse.Namespace) -> int:
     order = {host.name: number for number, host in enumerate(hosts)}
     for line in sorted(said, key=lambda line: order[line.host]):
         print(line)
-    for line in of_the_network(results):
-        print(line)
+    if network := of_the_network(results):
+        print(network)
     bad = sum(bool(line.fix) for line in said)
     print(f"{len(hosts)} host(s), {len(said)} checks, {bad} FAIL", file=sys.stderr)
     return 1 if bad else 0
@@ -180,7 +180,7 @@ def of_the_network(results: list[Facts]) -> str:
     if not rates:
         return ""
     latency_us = max(result["latency_us"] for result in results if "gbit_s" in result)
-    options = f"--bandwidth-inter {min(rates):.3g} --latency-inter {latency_us:.3g}"
+    options = f"--bandwidth-inter {min(rates):.3g} --latency-inter {latency_us:.1f}"
     return f'network: GB/s and us a message, the worst of {len(rates)} pair(s): make dry-run ARGS="{options}"'
 
 

@@ -98,8 +98,9 @@ class Bench:
 
     def measure(self, interface: str, into: Measured) -> None:
         """One turn: the doctor, then a run."""
-        found = re.search(r"--bandwidth-inter (\S+) --latency-inter (\S+?)\"", self.call(interface, "doctor"))
-        assert found is not None
+        said = self.call(interface, "doctor")
+        found = re.search(r"--bandwidth-inter (\S+) --latency-inter (\S+?)\"", said)
+        assert found is not None, said
         into.bandwidths.append(float(found[1]))
         into.latencies_us.append(float(found[2]))
         out = Path(tempfile.mkdtemp(dir=self.folder, prefix="run-")) / "run"
