@@ -24,7 +24,7 @@ from train.nodes import AGENT, Node
 from train.on_hosts import reached_at, words_for
 from train.rank_environment import Task, extensions_dir, forwarded, rank_environment, shown
 from train.ranks import LaunchError, Ranks, say
-from train.supervise import TICK_S, Group, Outcome, Signals, Supervision, end, ranks_in_words
+from train.supervise import TICK_S, Outcome, Signals, Supervision, end, ranks_in_words
 
 Choice = Callable[[list[Host], list[str]], list[Host]]
 
@@ -88,16 +88,12 @@ class Launcher:
             end(nodes)
 
     def _here(self, host: Host) -> Outcome:
+        leftovers.clear_unused_memory(time.time() - leftovers.MEMORY_S)
         for lock in leftovers.clear_stale_locks(extensions_dir(self._env), time.time()):
             say(f"launch: removed {lock}: a build that was killed left it, and every rank would have waited for it")
         task = task_here(host, self._command, self._log_dir, free_port())
         say(f"launch: {host.slots} rank(s) on this machine, port {task.port}, logs in {self._log_dir}")
-        groups: list[Group] = []
-        try:
-            groups.append(Ranks(task, self._env))
-            return Supervision(groups, self._signals).watch()
-        finally:
-            end(groups)
+        return Supervision([Ranks(task, self._env)], self._signals).watch()
 
     def _call(self, pool: list[Host]) -> list[Node]:
         """Start an agent on every host of the pool."""

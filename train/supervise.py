@@ -108,7 +108,14 @@ class Supervision:
         self._stands = dict[int, Stand]()
 
     def watch(self) -> Outcome:
-        """Returns once the outcome is known; what is left is for `end`."""
+        """Return how it ended, once what is wrong has been said, and nothing is left on any host."""
+        try:
+            return self._watch()
+        finally:
+            end(self._groups)
+            self._hear()  # the last words of rank 0
+
+    def _watch(self) -> Outcome:
         deadline_s = float("inf")
         while len(self._codes) < self._num_ranks:
             self._signals.pass_on(self._groups)
@@ -160,7 +167,6 @@ class Supervision:
         causes = self._causes()
         lost = [(group, one) for group, one in causes if isinstance(one, Lost)]
         group, cause = (lost or causes or self._failures)[0]
-        self.end()
         if isinstance(cause, Exit):
             return self._exited(group, cause)
         others = "; the others were stopped" if len(self._groups) > 1 else ""
@@ -221,11 +227,6 @@ class Supervision:
             step=self._watchdog.step,
             noticed_s=self._watchdog.silent_s(named),
         )
-
-    def end(self) -> None:
-        """End what is left on all hosts, at the same time, and say the last words of rank 0."""
-        end(self._groups)
-        self._hear()
 
 
 def end(groups: Sequence[Group]) -> None:
