@@ -72,7 +72,7 @@ class Signals:
 
     def __enter__(self) -> Signals:
         if threading.current_thread() is threading.main_thread():  # elsewhere Python allows no handlers
-            for number in (*_STOP_SIGNALS, signal.SIGUSR1):
+            for number in (*_STOP_SIGNALS, signal.SIGUSR1, signal.SIGTSTP):
                 if number is not signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:  # respect nohup
                     self._before[number] = signal.signal(number, self._note)
         return self
@@ -91,6 +91,11 @@ class Signals:
         """Send each noted signal to all ranks."""
         while self.waiting:
             number = self.waiting.pop(0)
+            if number == signal.SIGTSTP:
+                say(
+                    "launch: not stopped by Ctrl-Z: other hosts would end their ranks. Start it in tmux, or with nohup."
+                )
+                continue
             num_ranks = sum(len(group.ranks) for group in groups)
             say(f"launch: {signal.Signals(number).name}, passed on to {num_ranks} process(es)")
             for group in groups:
