@@ -61,7 +61,7 @@ class Launcher:
 
     def __init__(self, command: list[str], log_dir: Path, env: Mapping[str, str], signals: Signals) -> None:
         self._command, self._log_dir, self._env, self._signals = command, log_dir.resolve(), env, signals
-        self._mark = uuid.uuid4().hex
+        self._mark, self._first = uuid.uuid4().hex, ""  # the host that had rank 0 at first
 
     def once(self, pool: list[Host], choose: Choice) -> Outcome:
         """Start ranks on the hosts of the pool that `choose` takes of those that answer, and watch them.
@@ -124,7 +124,10 @@ class Launcher:
     def _begin(self, nodes: list[Node], hosts: list[Host]) -> None:
         hellos: list[Hello] = [node.hello for node in nodes if node.hello is not None]
         held = {key for hello in hellos for key, lock in hello.locks.items() if lock["held"]}
-        address = self._env.get("MASTER_ADDR") or hellos[0].address
+        self._first = self._first or hosts[0].name
+        address = hellos[0].address
+        if hosts[0].name == self._first:  # of another host nobody has said anything
+            address = self._env.get("MASTER_ADDR") or address
         port = self._env.get("MASTER_PORT") or hellos[0].port
         num_ranks, first = sum(host.slots for host in hosts), 0
         for node, host, hello in zip(nodes, hosts, hellos, strict=True):
