@@ -68,6 +68,7 @@ class Row:
     rerun_s: float
     error: float  # the largest difference of a loss from the run that nothing disturbed; -1: steps are missing
     nobody_left: bool
+    gone_s: float  # until that was so, once the run had ended (and the host was no longer frozen)
 
     @property
     def is_sound(self) -> bool:
@@ -275,9 +276,14 @@ def one_run(number: int, made: Hosts, work: Path, truth: list[float]) -> Row:
     named_s = round(time.monotonic() - struck_s, 1) if found else None
     code = ended(process)
     first_s = time.monotonic() - began_s
-    gone_before = fault.kind == "host frozen" or left_none(place, everybody)
-    place.undo(fault)
-    nobody_left = gone_before and left_none(place, everybody)
+    if fault.kind == "host frozen":
+        place.undo(fault)
+    began_s = time.monotonic()
+    nobody_left = left_none(place, everybody)
+    gone_s = time.monotonic() - began_s
+    if fault.kind != "host frozen":
+        place.undo(fault)
+    sealed = sealed_step(place.out)
     incidents = [json.loads(line) for line in lines_of(place.out / "incidents.jsonl")]
     rerun_code, rerun_s = None, 0.0
     if code != 0:
@@ -291,8 +297,9 @@ def one_run(number: int, made: Hosts, work: Path, truth: list[float]) -> Row:
         number=number, fault=fault.kind, host=fault.host, step=step, named_s=named_s,
         said=found[0].group(0).splitlines()[0] if found else log.read_text()[-300:], first_code=code,
         first_s=round(first_s, 1), went_on=incidents[-1]["went_on"] if incidents else [],
-        from_step=incidents[-1]["from_step"] if incidents else sealed_step(place.out), incidents=len(incidents),
+        from_step=incidents[-1]["from_step"] if incidents else sealed, incidents=len(incidents),
         rerun_code=rerun_code, rerun_s=round(rerun_s, 1), error=max(errors), nobody_left=nobody_left,
+        gone_s=round(gone_s, 1),
     )  # fmt: skip
     if row.is_sound:
         shutil.rmtree(place.out)  # what is not sound stays, to be looked at
@@ -328,15 +335,16 @@ def summary(rows: Sequence[Row]) -> str:
              f"{NAMED_S:g} s ({3 * NAMED_S:g} s where it shows at the next start alone), nothing was left running on "
              "any host, and all losses are within 1e-5 of a run that nothing disturbed, after the run had healed "
              "itself or, where it cannot, after the same command.", "",
-             "| fault | runs | sound | named after (slowest) | exit codes | slowest run, healed | slowest rerun |",
-             "|---|---|---|---|---|---|---|"]  # fmt: skip
+             "| fault | runs | sound | named after (slowest) | nothing left after | exit codes | slowest run, healed | slowest rerun |",
+             "|---|---|---|---|---|---|---|---|"]  # fmt: skip
     for kind in FAULTS:
         if mine := [row for row in rows if row.fault == kind]:
             named = seconds(max((row.named_s for row in mine if row.named_s is not None), default=None))
             codes = ", ".join(sorted({"hung" if row.first_code is None else str(row.first_code) for row in mine}))
             slowest = f"{max(row.first_s for row in mine):.0f} s | {max(row.rerun_s for row in mine):.0f} s"
             sound = sum(row.is_sound for row in mine)
-            lines.append(f"| {kind} | {len(mine)} | {sound} | {named} | {codes} | {slowest} |")
+            gone = seconds(max(row.gone_s for row in mine))
+            lines.append(f"| {kind} | {len(mine)} | {sound} | {named} | {gone} | {codes} | {slowest} |")
     lines += ["", "| run | fault | host | after step | named after | exit code | went on from step | with hosts | "
               "rerun | largest error of a loss | sound |", "|---|---|---|---|---|---|---|---|---|---|---|"]  # fmt: skip
     for row in rows:

@@ -83,7 +83,7 @@ class Hosts:
     def inside(self, name: str, *command: str) -> None:
         """Run a command of this machine that sees the files as a host does: what it mounts, that host alone sees."""
         first = Path(f"/proc/{self.fronts[name]}/task/{self.fronts[name]}/children").read_text().split()[0]
-        subprocess.run(["nsenter", f"--mount=/proc/{first}/ns/mnt", *command], check=True, capture_output=True)
+        subprocess.run(["nsenter", f"--target={first}", "--mount", "--pid", *command], check=True, capture_output=True)
 
     def cut(self, name: str) -> None:
         """Pull the host's cable."""

@@ -17,7 +17,7 @@ from hosts_on_one_machine import why_not
 ROW = Row(
     number=0, fault="network cut", host="n2", step=7, named_s=9.1, said="n2 is lost", first_code=0, first_s=60.0,
     went_on=["n1 slots=1", "n3 slots=1"], from_step=4, incidents=1, rerun_code=None, rerun_s=0.0, error=1e-7,
-    nobody_left=True,
+    nobody_left=True, gone_s=0.1,
 )  # fmt: skip
 DISK = replace(ROW, fault="disk full", first_code=2, went_on=[], rerun_code=0)
 
@@ -34,7 +34,7 @@ def test_a_campaign_goes_on_where_the_last_one_ended(tmp_path: Path, monkeypatch
     assert [row.number for row in campaign_cluster.campaign(3, table, tmp_path)] == [0, 1, 2]
     assert [row.number for row in campaign_cluster.campaign(2, table, tmp_path)] == [3, 4]
     shown = table.with_suffix(".md").read_text()
-    assert "5 of 5 runs were sound" in shown and "| network cut | 5 | 5 | 9.1 s | 0 | 60 s | 0 s |" in shown
+    assert "5 of 5 runs were sound" in shown and "| network cut | 5 | 5 | 9.1 s | 0.1 s | 0 | 60 s | 0 s |" in shown
 
 
 @pytest.mark.parametrize(
