@@ -335,7 +335,8 @@ def summary(rows: Sequence[Row]) -> str:
              f"{NAMED_S:g} s ({3 * NAMED_S:g} s where it shows at the next start alone), nothing was left running on "
              "any host, and all losses are within 1e-5 of a run that nothing disturbed, after the run had healed "
              "itself or, where it cannot, after the same command.", "",
-             "| fault | runs | sound | named after (slowest) | nothing left after | exit codes | slowest run, healed | slowest rerun |",
+             "| fault | runs | sound | named after (slowest) | nothing left after | exit codes | slowest run, healed | "
+             "slowest rerun |",
              "|---|---|---|---|---|---|---|---|"]  # fmt: skip
     for kind in FAULTS:
         if mine := [row for row in rows if row.fault == kind]:
