@@ -43,7 +43,7 @@ demo: .venv/installed  ## fresh clone -> the whole road on a laptop; ends in run
 test: .venv/installed  ## fresh clone -> the test suite (without the slow tests)
 	$(PY) -m pytest -m 'not slow' -n 2 --dist loadfile $(ARGS)
 
-campaign: .venv/installed  ## WHICH=prep|train [N=50]: killed, starved and damaged at random moments; as if nothing had been after a rerun
+campaign: .venv/installed  ## WHICH=prep|train|cluster [N=50]: killed, starved and damaged at random moments; as if nothing had been after a rerun
 	PYTHONPATH=tests $(PY) -m campaign $(or $(WHICH),prep) $(or $(N),50) $(ARGS)
 
 test-all: .venv/installed  ## every test, the slow ones too

@@ -224,13 +224,18 @@ def test_a_signal_to_the_launcher_reaches_the_ranks_of_all_hosts_which_save_and_
         "time.sleep(60)"
     )
     process, pids = launched(tmp_path, env, code, str(tmp_path / "ready"))
+    process.send_signal(signal.SIGTSTP)
     process.send_signal(signal.SIGUSR1)  # before they can save: it waits for them
     time.sleep(0.5)
     assert all(alive(pid) for pid in pids)
     (tmp_path / "ready").touch()
     _, said = process.communicate(timeout=20)
     assert process.returncode == STOPPED, said
-    assert "SIGUSR1, passed on to 3 process(es)" in said and not any(alive(pid) for pid in pids)
+    assert (
+        "not stopped by Ctrl-Z" in said
+        and "SIGUSR1, passed on to 3 process(es)" in said
+        and not any(alive(pid) for pid in pids)
+    )
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

@@ -137,6 +137,40 @@ def test_a_run_over_two_hosts_saves_on_a_signal_goes_on_and_has_the_losses_of_on
     assert max(abs(a - b) for a, b in zip(losses(one), losses(tmp_path / "two"), strict=True)) < 1e-5
 
 
+# A launch of its own on two nodes, which is asked to save after some seconds; argv: the folder of logs.
+IN_A_JOB = """
+import os, signal, sys, threading
+from pathlib import Path
+from train import launch
+from train.hostfile import Host
+code = '''
+import os, signal, sys, time
+signal.signal(signal.SIGUSR1, lambda *_: sys.exit(85))
+print(os.environ["RANK"], os.environ["MASTER_ADDR"], os.environ["GLOO_SOCKET_IFNAME"], sys.argv[1:], flush=True)
+signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGUSR1])
+time.sleep(60)
+'''
+threading.Timer(3.0, lambda: os.kill(os.getpid(), signal.SIGUSR1)).start()
+command = [sys.executable, "-c", code, "a b;$(id)\\n%h"]
+sys.exit(launch.launch([Host("n1", 1), Host("n2", 1)], command, Path(sys.argv[1]), os.environ))
+"""
+
+
+@pytest.mark.skipif(bool(why_no_slurm()), reason=why_no_slurm())
+def test_in_an_allocation_of_slurm_agents_are_started_by_srun_and_a_signal_reaches_both(tmp_path: Path) -> None:
+    (tmp_path / "job.py").write_text(IN_A_JOB)
+    with slurm(tmp_path / "slurm") as made:
+        job = [sys.executable, str(tmp_path / "job.py"), str(tmp_path / "logs")]
+        words = made.words("login", ["salloc", "--quiet", "--nodes=2", "--ntasks=2", *job])
+        env = {**made.environment, "PYTHONPATH": str(ROOT), "DS_ACCELERATOR": "cpu"}
+        done = subprocess.run(words, cwd=ROOT, env=env, capture_output=True, text=True, check=False)
+    assert done.returncode == STOPPED, done.stderr
+    lines = [(tmp_path / "logs" / f"rank-0000{rank}.log").read_text().strip() for rank in (0, 1)]
+    address = lines[0].split()[1]
+    assert lines == [f"{rank} {address} eth0 {['a b;$(id)' + chr(10) + '%h']}" for rank in (0, 1)]
+    assert "n2: rank 1 of 2, agent " in done.stderr and "SIGUSR1, passed on to 2 process(es)" in done.stderr
+
+
 @pytest.mark.skipif(bool(why_no_slurm()), reason=why_no_slurm())
 def test_in_an_allocation_of_slurm_the_nodes_are_found_and_asked_by_srun(tmp_path: Path) -> None:
     script = tmp_path / "job.sh"

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import mmap
 import os
 import shlex
 import signal
@@ -244,6 +245,21 @@ def test_memory_that_ranks_of_this_launch_share_is_given_back_and_no_other(tmp_p
     leftovers.clear_shared_memory("127.0.0.1", port)
     assert not mine.exists() and other.exists()
     other.unlink()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
+def test_memory_that_a_killed_launch_has_left_is_given_back_unless_it_is_used_or_new() -> None:
+    prefix = f"/dev/shm/deepspeed_allreduce_buffer_{os.getuid()}_test_{os.getpid()}"
+    used, left, new = (Path(f"{prefix}_{name}") for name in ("used", "left", "new"))
+    for path in (used, left, new):
+        path.write_bytes(bytes(4096))
+    for path in (used, left):
+        os.utime(path, (1000, 1000))
+    with open(used, "rb") as file, mmap.mmap(file.fileno(), 4096, prot=mmap.PROT_READ):
+        assert left in (cleared := leftovers.clear_unused_memory(2000)) and used not in cleared and new not in cleared
+        assert used.exists() and new.exists() and not left.exists()
+    for path in (used, new):
+        path.unlink()
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the kernel's parent-death signal is Linux's")

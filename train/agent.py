@@ -100,6 +100,7 @@ class Agent:
     def _hello(self, peer: str, extensions: str) -> Hello:
         if ended := leftovers.end_marked(self._mark):
             self._say(Said(f"ended {len(ended)} process(es) that an earlier start of this run had left"))
+        leftovers.clear_unused_memory(time.time() - leftovers.MEMORY_S)
         way = way_to(peer)
         locks = leftovers.locks(Path(extensions))
         return Hello(os.getpid(), way.address, way.interface, free_port(""), locks)

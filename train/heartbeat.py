@@ -52,6 +52,20 @@ def read_beat(path: Path) -> Beat | None:
         return None
 
 
+def first_beat(rank: int, pid: int) -> Beat:
+    """What stands for a rank of this host that has not come to its first beat, and may take any time for it."""
+    return Beat(
+        rank=rank,
+        host=socket.gethostname(),
+        pid=pid,
+        step=0,
+        phase="start",
+        num_phases=0,
+        num_pulses=0,
+        patience_s=float("inf"),
+    )
+
+
 class Silence:
     """How long another side has not been heard, in time in which this process itself was running."""
 

@@ -24,7 +24,7 @@ from train.nodes import AGENT, Node
 from train.on_hosts import reached_at, words_for
 from train.rank_environment import Task, extensions_dir, forwarded, rank_environment, shown
 from train.ranks import LaunchError, Ranks, say
-from train.supervise import TICK_S, Group, Outcome, Signals, Supervision, end, ranks_in_words
+from train.supervise import TICK_S, Outcome, Signals, Supervision, end, ranks_in_words
 
 Choice = Callable[[list[Host], list[str]], list[Host]]
 
@@ -61,7 +61,7 @@ class Launcher:
 
     def __init__(self, command: list[str], log_dir: Path, env: Mapping[str, str], signals: Signals) -> None:
         self._command, self._log_dir, self._env, self._signals = command, log_dir.resolve(), env, signals
-        self._mark = uuid.uuid4().hex
+        self._mark, self._first = uuid.uuid4().hex, ""  # the host that had rank 0 at first
 
     def once(self, pool: list[Host], choose: Choice) -> Outcome:
         """Start ranks on the hosts of the pool that `choose` takes of those that answer, and watch them.
@@ -88,16 +88,12 @@ class Launcher:
             end(nodes)
 
     def _here(self, host: Host) -> Outcome:
+        leftovers.clear_unused_memory(time.time() - leftovers.MEMORY_S)
         for lock in leftovers.clear_stale_locks(extensions_dir(self._env), time.time()):
             say(f"launch: removed {lock}: a build that was killed left it, and every rank would have waited for it")
         task = task_here(host, self._command, self._log_dir, free_port())
         say(f"launch: {host.slots} rank(s) on this machine, port {task.port}, logs in {self._log_dir}")
-        groups: list[Group] = []
-        try:
-            groups.append(Ranks(task, self._env))
-            return Supervision(groups, self._signals).watch()
-        finally:
-            end(groups)
+        return Supervision([Ranks(task, self._env)], self._signals).watch()
 
     def _call(self, pool: list[Host]) -> list[Node]:
         """Start an agent on every host of the pool."""
@@ -128,7 +124,10 @@ class Launcher:
     def _begin(self, nodes: list[Node], hosts: list[Host]) -> None:
         hellos: list[Hello] = [node.hello for node in nodes if node.hello is not None]
         held = {key for hello in hellos for key, lock in hello.locks.items() if lock["held"]}
-        address = self._env.get("MASTER_ADDR") or hellos[0].address
+        self._first = self._first or hosts[0].name
+        address = hellos[0].address
+        if hosts[0].name == self._first:  # of another host nobody has said anything
+            address = self._env.get("MASTER_ADDR") or address
         port = self._env.get("MASTER_PORT") or hellos[0].port
         num_ranks, first = sum(host.slots for host in hosts), 0
         for node, host, hello in zip(nodes, hosts, hellos, strict=True):

@@ -9,6 +9,7 @@ import signal
 import time
 from pathlib import Path
 
+MEMORY_S = 60.0  # between the making of a buffer and its mapping
 MARK = "BRAINLOOM_LAUNCH"  # in the environment of a rank: the mark that its agent has as an argument
 
 
@@ -59,6 +60,24 @@ def clear_shared_memory(address: str, port: str) -> None:
     """Remove what DeepSpeed's ranks of one launch left in memory, 67 MB each: nobody else has our user and port."""
     for buffer in Path("/dev/shm").glob(f"deepspeed_allreduce_buffer_{os.getuid()}_{address}_{port}_*"):
         buffer.unlink(missing_ok=True)
+
+
+def clear_unused_memory(before: float) -> list[Path]:
+    """Remove the same of launches that were killed: older than `before` (seconds since 1970), mapped by no process."""
+    found = [*Path("/dev/shm").glob(f"deepspeed_allreduce_buffer_{os.getuid()}_*")]
+    used = set[str]()
+    for path in Path("/proc").glob("[0-9]*/maps") if found else ():
+        with contextlib.suppress(OSError):  # it has ended, or is another user's
+            used |= {
+                line.rpartition("/")[2] for line in path.read_text().splitlines() if "/deepspeed_allreduce" in line
+            }
+    unused = []
+    for path in found:
+        with contextlib.suppress(FileNotFoundError):  # its launch has just removed it
+            if path.name not in used and path.stat().st_mtime < before:
+                path.unlink()
+                unused.append(path)
+    return unused
 
 
 def clear_beats(log_dir: Path) -> None:

@@ -22,7 +22,7 @@ from pathlib import Path
 
 from train import leftovers
 from train.events import Event, Exit, Looked, Output, Pulse
-from train.heartbeat import PULSE_S, beat_path, read_beat
+from train.heartbeat import PULSE_S, beat_path, first_beat, read_beat
 from train.rank_environment import Task, rank_environment
 from train.stacks import is_stopped, stands
 
@@ -91,8 +91,11 @@ class Ranks:
 
     def _pulse(self) -> Pulse:
         found = (read_beat(beat_path(Path(self._task.log_dir), rank)) for rank in self.ranks)
-        beats = [beat for beat in found if beat is not None]
-        return Pulse(beats, [beat.rank for beat in beats if is_stopped(beat.pid)])
+        beats = {beat.rank: beat for beat in found if beat is not None}
+        stopped = {one.rank: one.process.pid for one in self._started if is_stopped(one.process.pid)}
+        for rank, pid in stopped.items():  # also of one that does not beat yet
+            beats.setdefault(rank, first_beat(rank, pid))
+        return Pulse([*beats.values()], [*stopped])
 
     def send_signal(self, number: int) -> None:
         """To the ranks themselves; their helpers are theirs to end."""

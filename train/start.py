@@ -62,7 +62,8 @@ def main(args: argparse.Namespace) -> int:
     if not store.entries:
         raise ConfigError(f"{args.store} holds no session. Ingest recordings first: make prep SRC=… OUT={args.store}")
     session_weights(store.entries, run.data.weights)
-    command = [sys.executable, "-m", "train", "worker", "--out", str(args.out.resolve()), "--resume", args.resume]
+    resume = "must" if args.resume == "must" else "auto"  # never: `prepare` refuses checkpoints, but a restart has some
+    command = [sys.executable, "-m", "train", "worker", "--out", str(args.out.resolve()), "--resume", resume]
     if args.dry_run:
         print(launch.plan(used, command, args.out / "logs", os.environ))
         print("".join(f"spare: {host.name}\n" for host in hosts[len(used) :]), end="")

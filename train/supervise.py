@@ -72,7 +72,7 @@ class Signals:
 
     def __enter__(self) -> Signals:
         if threading.current_thread() is threading.main_thread():  # elsewhere Python allows no handlers
-            for number in (*_STOP_SIGNALS, signal.SIGUSR1):
+            for number in (*_STOP_SIGNALS, signal.SIGUSR1, signal.SIGTSTP):
                 if number is not signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:  # respect nohup
                     self._before[number] = signal.signal(number, self._note)
         return self
@@ -91,6 +91,11 @@ class Signals:
         """Send each noted signal to all ranks."""
         while self.waiting:
             number = self.waiting.pop(0)
+            if number == signal.SIGTSTP:
+                say(
+                    "launch: not stopped by Ctrl-Z: other hosts would end their ranks. Start it in tmux, or with nohup."
+                )
+                continue
             num_ranks = sum(len(group.ranks) for group in groups)
             say(f"launch: {signal.Signals(number).name}, passed on to {num_ranks} process(es)")
             for group in groups:
@@ -108,7 +113,14 @@ class Supervision:
         self._stands = dict[int, Stand]()
 
     def watch(self) -> Outcome:
-        """Returns once the outcome is known; what is left is for `end`."""
+        """Return how it ended, once what is wrong has been said, and nothing is left on any host."""
+        try:
+            return self._watch()
+        finally:
+            end(self._groups)
+            self._hear()  # the last words of rank 0
+
+    def _watch(self) -> Outcome:
         deadline_s = float("inf")
         while len(self._codes) < self._num_ranks:
             self._signals.pass_on(self._groups)
@@ -160,7 +172,6 @@ class Supervision:
         causes = self._causes()
         lost = [(group, one) for group, one in causes if isinstance(one, Lost)]
         group, cause = (lost or causes or self._failures)[0]
-        self.end()
         if isinstance(cause, Exit):
             return self._exited(group, cause)
         others = "; the others were stopped" if len(self._groups) > 1 else ""
@@ -221,11 +232,6 @@ class Supervision:
             step=self._watchdog.step,
             noticed_s=self._watchdog.silent_s(named),
         )
-
-    def end(self) -> None:
-        """End what is left on all hosts, at the same time, and say the last words of rank 0."""
-        end(self._groups)
-        self._hear()
 
 
 def end(groups: Sequence[Group]) -> None:
