@@ -12,15 +12,17 @@ RUN ?= train/configs/debug.yaml
 HOSTFILE ?= hostfiles/cluster
 ARGS ?=
 
-# What of this was typed, for `make dry-run`, which does without.
-GIVEN := $(foreach name,STORE HOSTFILE NODES SLOTS,$(if $(filter command environment,$(origin $(name))),--$(shell tr A-Z a-z <<< $(name)) "$$$(name)"))
+# What of some variables was typed, for commands that do without.
+given = $(foreach name,$(1),$(if $(filter command environment,$(origin $(name))),--$(shell tr A-Z a-z <<< $(name)) "$$$(name)"))
+GIVEN := $(call given,STORE HOSTFILE NODES SLOTS)
+GIVEN_SIZE := $(call given,NODES SLOTS)
 
 # Recipes that say "$$NODES" instead of $(NODES) get the value as it was typed: neither make nor a shell reads it.
 VERBATIM := NODES SLOTS HOSTFILE STORE OUT RUN RUN_DIR HUB REPO RECIPE DATASET SCHEDULER CLUSTER FILE
 $(foreach name,$(VERBATIM),$(eval override export $(name) := $$(value $(name))))
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-all bench bench-science bench-gpu bench-trainer check lint prep inspect verify report hostfile doctor dry-run train train-report eval audit export adapt push campaign
+.PHONY: help install demo test test-all bench bench-science bench-gpu bench-trainer bench-scaling check lint prep inspect verify report hostfile doctor dry-run train sbatch train-report eval audit export adapt push campaign
 
 help:  ## print this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-13s %s\n", $$1, $$2}'
@@ -41,7 +43,7 @@ demo: .venv/installed  ## fresh clone -> the whole road on a laptop; ends in run
 test: .venv/installed  ## fresh clone -> the test suite (without the slow tests)
 	$(PY) -m pytest -m 'not slow' -n 2 --dist loadfile $(ARGS)
 
-campaign: .venv/installed  ## WHICH=prep|train [N=50]: killed, starved and damaged at random moments; as if nothing had been after a rerun
+campaign: .venv/installed  ## WHICH=prep|train|cluster [N=50]: killed, starved and damaged at random moments; as if nothing had been after a rerun
 	PYTHONPATH=tests $(PY) -m campaign $(or $(WHICH),prep) $(or $(N),50) $(ARGS)
 
 test-all: .venv/installed  ## every test, the slow ones too
@@ -58,6 +60,9 @@ bench-gpu: .venv/installed  ## what the 300m and 1b models make of one GPU, in b
 
 bench-trainer: .venv/installed  ## the trainer beside a loop written by hand, and what a run waits for -> tests/bench/RESULTS.md
 	$(PY) -W ignore tests/bench/trainer.py $(ARGS)
+
+bench-scaling: .venv/installed  ## a step on two hosts over links of three speeds, predicted and measured -> tests/bench/RESULTS.md (needs root)
+	$(PY) -W ignore tests/bench/scaling.py $(ARGS)
 
 lint: .venv/installed  ## ruff and mypy
 	$(BIN)/ruff check .
@@ -85,11 +90,14 @@ hostfile: .venv/installed  ## [NODES="a b"] [SLOTS=8]: from SLURM, PBS, LSF, MPI
 doctor: .venv/installed  ## [HOSTFILE=hostfiles/cluster] [STORE=store] [RUN=x.yaml] [OUT=runs/x]: is every host fit to train?
 	$(PY) -m train doctor --hostfile "$$HOSTFILE" --store "$$STORE" --config "$$RUN" --out "$${OUT:-runs}" $(ARGS)
 
-dry-run: .venv/installed  ## RUN=train/configs/1b.yaml [NODES=8 SLOTS=8 | HOSTFILE=hostfiles/cluster] [STORE=store]: memory, traffic, days, without a GPU
+dry-run: .venv/installed  ## RUN=train/configs/1b.yaml [NODES=8 SLOTS=8 | HOSTFILE=hostfiles/cluster] [STORE=store]: memory, traffic, days, 1 to 8 nodes, without a GPU
 	$(PY) -m train dry-run --config "$$RUN" $(GIVEN) $(ARGS)
 
 train: .venv/installed  ## RUN=train/configs/x.yaml STORE=store OUT=runs/x [HOSTFILE=hostfiles/cluster]: train, or resume
 	$(PY) -m train train --config "$$RUN" --store "$$STORE" --out "$${OUT:-runs/$$(basename "$$RUN" .yaml)}" --hostfile "$$HOSTFILE" $(ARGS)
+
+sbatch: .venv/installed  ## RUN=… STORE=… OUT=… [NODES=8 SLOTS=8]: the batch script of a run for SLURM -> OUT/job.sbatch, and how to submit it
+	$(PY) -m train sbatch --config "$$RUN" --store "$$STORE" --out "$${OUT:-runs/$$(basename "$$RUN" .yaml)}" $(GIVEN_SIZE) $(ARGS)
 
 train-report: .venv/installed  ## RUN_DIR=runs/x: curves, scores and pictures of a run -> RUN_DIR/report.html
 	$(PY) -m train report "$$RUN_DIR" $(ARGS)

@@ -408,11 +408,13 @@ def campaign(num_runs: int, table: Path, work: Path, *, is_large: bool = True) -
 def main() -> int:
     """Exit code: 0 all runs were sound, 1 some were not (named)."""
     parser = argparse.ArgumentParser(prog="python -m campaign", description=main.__doc__)
-    parser.add_argument("which", choices=["prep", "train"], help="what is put to the test")
+    parser.add_argument("which", choices=["prep", "train", "cluster"], help="what is put to the test")
     parser.add_argument("num", type=int, metavar="N", help="how many runs")
     parser.add_argument("--table", type=Path, help="where rows are appended (tests/bench/CAMPAIGN_*.jsonl)")
     args = parser.parse_args()
-    which = importlib.import_module({"prep": "campaign", "train": "campaign_train"}[args.which])
+    which = importlib.import_module(
+        {"prep": "campaign", "train": "campaign_train", "cluster": "campaign_cluster"}[args.which]
+    )
     table = args.table or which.TABLE
     work = Path(tempfile.mkdtemp(prefix="campaign_"))
     rows = which.campaign(args.num, table, work)

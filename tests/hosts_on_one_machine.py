@@ -12,12 +12,12 @@ import subprocess
 import time
 import uuid
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-NEEDS = ("sshd", "ssh", "ssh-keygen", "pdsh", "ip", "unshare")
-PACKAGES = "openssh-server openssh-client pdsh iproute2 util-linux"
+NEEDS = ("sshd", "ssh", "ssh-keygen", "ip", "unshare")
+PACKAGES = "openssh-server openssh-client iproute2 util-linux"
 LOGIN = "login"  # where commands start; it runs no ranks
 PATIENCE_S = 20.0
 # In the new namespaces, before the command: who this is, and shared memory that no other host sees.
@@ -61,6 +61,7 @@ class Hosts:
     tag: str
     prefix: str
     names: tuple[str, ...]
+    fronts: dict[str, int] = field(default_factory=dict)  # process of this machine below which are all of a host
 
     def space(self, name: str) -> str:
         """The network namespace of a host."""
@@ -78,6 +79,11 @@ class Hosts:
     def run(self, *command: str, **more: Any) -> "subprocess.CompletedProcess[str]":
         """Run a command on the login host."""
         return subprocess.run(self.words(LOGIN, command), capture_output=True, text=True, check=False, **more)
+
+    def inside(self, name: str, *command: str) -> None:
+        """Run a command of this machine that sees the files as a host does: what it mounts, that host alone sees."""
+        first = Path(f"/proc/{self.fronts[name]}/task/{self.fronts[name]}/children").read_text().split()[0]
+        subprocess.run(["nsenter", f"--target={first}", "--mount", "--pid", *command], check=True, capture_output=True)
 
     def cut(self, name: str) -> None:
         """Pull the host's cable."""
@@ -179,6 +185,7 @@ def _sshd(made: Hosts, name: str) -> Iterator[None]:
         process = subprocess.Popen(
             made.words(name, [sshd, "-D", "-e"]), stdin=subprocess.DEVNULL, stdout=log, stderr=log
         )
+        made.fronts[name] = process.pid
         try:
             yield
         finally:

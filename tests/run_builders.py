@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 
 from train.config import RunConfig
+from train.incident_log import INCIDENTS
 from train.metrics import MetricsLog
-from train.run_folder import INCIDENTS
 
 HOSTILE = "<img src=x onerror=alert(1)> & Co"
 TASKS = (

@@ -1,6 +1,7 @@
-"""A real SLURM of a login node and two compute nodes on this one machine: network namespaces, munge, slurmctld, slurmd.
+"""A real SLURM of a login node and two compute nodes on this one machine: namespaces, munge, slurmctld, slurmd.
 
 In: a folder to work in. Out: a running cluster, whose commands run as on its login node; nothing of it afterwards.
+Each node has a network, processes, a host name and /dev/shm of its own, and knows the names of both.
 """
 
 import contextlib
@@ -24,7 +25,7 @@ SlurmctldHost={host}({prefix}.10)
 SlurmUser=root
 SlurmdUser=root
 AuthType=auth/munge
-AuthInfo=socket={folder}/munge.socket
+AuthInfo=socket={folder}/munge.socket,cred_expire=10
 CredType=cred/munge
 MpiDefault=none
 ProctrackType=proctrack/pgid
@@ -45,6 +46,13 @@ KillWait=5
 NodeName=n1 NodeHostname=n1 NodeAddr={prefix}.11 CPUs=2 RealMemory=6000
 NodeName=n2 NodeHostname=n2 NodeAddr={prefix}.12 CPUs=2 RealMemory=6000
 PartitionName=main Nodes=n1,n2 Default=YES MaxTime=INFINITE State=UP
+"""
+# In the namespaces of a node: who this is, memory that no other node sees, names. The shell stays, as the first process
+# of the node, since whoever is that has to collect what others leave: SLURM waits for it.
+ENTER = """
+hostname "$1" && mount -t tmpfs -o size=512m tmpfs /dev/shm && mount --bind "$2" /etc/hosts && shift 2
+"$@" &
+wait
 """
 CGROUP_CONF = "CgroupPlugin=cgroup/v1\nCgroupAutomount=no\n"
 
@@ -106,8 +114,12 @@ def slurm(folder: Path) -> Iterator[Slurm]:
         stack.enter_context(_daemon(cluster, "login", munge))
         _wait(lambda: (folder / "munge.socket").exists(), "munge", folder)
         stack.enter_context(_daemon(cluster, "login", ["slurmctld", "-D"]))
+        names = folder / "hosts"
+        names.write_text(f"127.0.0.1 localhost\n{prefix}.11 n1\n{prefix}.12 n2\n")
+        apart = ["unshare", "--uts", "--pid", "--fork", "--kill-child", "--mount-proc", "bash", "-c", ENTER, "bash"]
         for node in NODES:
-            stack.enter_context(_daemon(cluster, node, ["slurmd", "-D", "-N", node]))
+            command = [*apart, node, str(names), "slurmd", "-D", "-N", node]
+            stack.enter_context(_daemon(cluster, node, command))
         _wait(lambda: _num_idle(cluster) == len(NODES), "SLURM", folder)
         yield cluster
         subprocess.run(
@@ -147,7 +159,7 @@ def _ip(*words: str) -> None:
 @contextlib.contextmanager
 def _daemon(cluster: Slurm, node: str, command: Sequence[str]) -> Iterator[None]:
     """A process on a node, as long as the block."""
-    with open(cluster.folder / f"{node}-{command[0]}.out", "w") as out:
+    with open(cluster.folder / f"{node}-{Path(command[0]).name}.out", "w") as out:
         process = subprocess.Popen(
             cluster.words(node, command), env=cluster.environment, stdout=out, stderr=subprocess.STDOUT
         )

@@ -22,7 +22,7 @@ ONLY_IN = {
     "distributed": {"prep.cluster", "prep.flow", "prep.ingest", "prep.patience", "prep.worker_jobs"},
     "zarr": {"prep.shards", "prep.nwb.zarr_file"},
     "isal": {"prep.nwb.chunks"},
-    "deepspeed": {"train.engine", "train.launch", "train.ranks", "train.loop"},
+    "deepspeed": {"train.engine", "train.loop"},
     "huggingface_hub": {"train.export", "train.push"},
     "jinja2": {"prep.report", "train.report"},
     "botocore": {"prep.s3"},

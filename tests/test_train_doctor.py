@@ -4,6 +4,7 @@ In:  facts as hosts report them, this machine, and hosts behind a stand-in for s
 Out: lines of `ok` and `FAIL`, exit codes.
 """
 
+import argparse
 import copy
 import json
 import os
@@ -18,7 +19,8 @@ from typing import Any
 import pytest
 from torch.distributed import HashStore
 
-from train import doctor_pairs, doctor_probe, on_hosts
+from train import doctor_pairs, doctor_probe, dry_run, on_hosts
+from train.doctor import of_the_network
 from train.doctor_checks import CHECKS, Context, Found, Line, all_reduce, lines
 from train.doctor_pairs import Task, rounds
 from train.doctor_probe import Question, facts
@@ -337,6 +339,19 @@ def test_two_processes_measure_their_pair_and_the_first_of_them_tells() -> None:
     answers = on_hosts.ask_all(commands, [json.dumps({**task, "rank": rank}) for rank in (0, 1)], 250.0)
     first, second = (json.loads(answer.out.removeprefix(doctor_probe.MARK)) for answer in answers)
     assert [result["pair"] for result in first] == [["a", "b"]] and first[0]["gbit_s"] > 0 and not second
+    assert 1 < first[0]["latency_us"] < 1e6, "something between a microsecond and a second"
+
+
+def test_what_is_said_of_the_network_is_of_its_slowest_way_and_dry_run_takes_it() -> None:
+    lost = {"pair": ["a", "d"], "error": "timed out"}
+    ways = [{"gbit_s": 8.0, "latency_us": 90.0}, {"gbit_s": 4.0, "latency_us": 30.0}, lost]
+    said = of_the_network(ways)
+    assert said.endswith('the worst of 2 pair(s): make dry-run ARGS="--bandwidth-inter 0.5 --latency-inter 90.0"')
+    assert of_the_network([lost]) == ""
+    parser = argparse.ArgumentParser()
+    dry_run.configure(parser)
+    args = parser.parse_args(["--config", "x", *said.split('"')[1].split()])
+    assert (args.bandwidth_inter, args.latency_inter) == (0.5, 90)
 
 
 def test_a_host_that_does_not_come_is_an_error_of_its_pairs_and_costs_the_others_no_time() -> None:

@@ -57,10 +57,12 @@ def test_the_largest_preset_on_the_target_machine(capsys: pytest.CaptureFixture[
         r"activations kept +GPU +3\d\.\d{3} *\n",
         r"a GPU at the worst moment, with 5% of slack +[56]\d\.\d{3}",
         r"gradients, scattered +2\.31 +2 ",
-        r"rows of the unit table, and back +0\.135 +2 ",
+        r"rows of the unit table, and back +0\.269 +1 ",
+        r"weights, gathered after the step +0\.00077 +1 .* 162 +0\.02",
+        r"\n2 +16 +8 +6\d\.\d .* to .* 9\d%\n4 +32 +4 .*\n8 +64 +2 ",
         r"100,000 steps: 0\.3\d+ to 0\.3\d+ days",
         r"One pass through 1,000 hours of recording \(7,200,000 windows\): 3,515\.6 steps, ",
-        r"Assumed: 989 TFLOP/s x 40%, 360 GB/s in a node, 40 GB/s out of it for each GPU",
+        r"Assumed: 989 TFLOP/s x 40%, 360 GB/s in a node, 40 GB/s out of it for each GPU; 1\.9 and 4 us a message",
     ):
         assert re.search(expected, out), expected
     assert all(len(line) <= 160 for line in out.splitlines())
@@ -74,6 +76,8 @@ def test_json_has_every_number_of_the_tables(capsys: pytest.CaptureFixture[str])
     assert plan["device_gib"] == pytest.approx(max(sizes) * 1.05 / 2**30 + 2.5)
     assert plan["unit_rows"] == 5000 and plan["shortage"] == ""
     assert plan["days"][0] == pytest.approx(plan["pace"]["bounds_s"][0] * run.train.num_steps / 86_400)
+    assert [scale["nodes"] for scale in plan["scaling"]] == [1, 2], "64 windows cannot be shared among 8 ranks"
+    assert plan["scaling"][1]["high_s"] == plan["pace"]["bounds_s"][1]
     rings = [exchange for exchange in plan["exchanges"] if exchange["group"] == "all"]
     assert rings and all(x["intra_bytes"] == x["inter_bytes"] for x in rings), "of two ranks, one sends out of the node"
 

@@ -15,7 +15,7 @@ from train_builders import losses, prepare_run, rank_environment, tiny_run, tiny
 from prep.store import Store
 from train import config
 from train.__main__ import main
-from train.launch import forwarded_environment
+from train.rank_environment import forwarded, shown
 
 URL = "s3://lab/tiny"
 
@@ -63,8 +63,10 @@ def test_a_store_that_is_not_in_the_bucket_stops_the_launch(
     assert not (tmp_path / "far").exists()
 
 
-def test_other_hosts_get_the_settings_of_s3_and_no_keys() -> None:
+def test_other_hosts_get_the_settings_and_the_keys_of_s3_and_no_key_is_shown() -> None:
     settings = {"AWS_ENDPOINT_URL": "http://10.0.0.1:9000", "AWS_PROFILE": "lab", "BRAINLOOM_CACHE": "/local"}
-    secrets = {"AWS_ACCESS_KEY_ID": "a", "AWS_SECRET_ACCESS_KEY": "b", "AWS_SESSION_TOKEN": "c"}
-    lines = forwarded_environment({**settings, **secrets, "TORCH_EXTENSIONS_DIR": "/x"})
-    assert [line for line in lines if not line.startswith("TORCH")] == [f"{k}={v}" for k, v in settings.items()]
+    secrets = {"AWS_ACCESS_KEY_ID": "kept-a", "AWS_SECRET_ACCESS_KEY": "kept-b", "AWS_SESSION_TOKEN": "kept-c"}
+    found = forwarded({**settings, **secrets, "HOME": "/root", "TORCH_EXTENSIONS_DIR": "/x"})
+    assert found == {**settings, **secrets, "TORCH_EXTENSIONS_DIR": "/x"}
+    lines = shown(found)
+    assert "AWS_PROFILE=lab" in lines and "AWS_SECRET_ACCESS_KEY=(not shown)" in lines and "kept" not in "".join(lines)

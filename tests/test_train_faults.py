@@ -37,8 +37,6 @@ from train.dataset import collate
 from train.exit_codes import HUNG
 from train.loader import TrainingSamples
 
-WATCHDOG_S = 20.0
-
 # What a rank does to itself: `bad(rank, step, output)` is called in the middle of each forward.
 BADLY = """
 import os, signal, sys, time
@@ -167,17 +165,21 @@ def test_within_10_s_of_a_kill_9_in_the_middle_of_a_step_nobody_is_left(
 
 
 @pytest.mark.slow
-def test_a_rank_that_is_stopped_ends_the_run_within_the_watchdogs_time(
+def test_a_rank_that_is_stopped_ends_the_run_within_seconds(
     store: Path, run: RunConfig, tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    out = prepare_run(tmp_path / "hung", store, replace(run, faults=FaultConfig(watchdog_s=WATCHDOG_S)))
+    out = prepare_run(tmp_path / "hung", store, replace(run, faults=FaultConfig(watchdog_s=600.0)))
     monkeypatch.setenv("BRAINLOOM_RUN", str(out))
     assert train_ranks(out, command=worker(STOPS, out)) == HUNG
-    assert time.time() - (out / "killed").stat().st_mtime < WATCHDOG_S + 15
+    assert time.time() - (out / "killed").stat().st_mtime < 15
     said = capfd.readouterr().err
     late = [line for line in said.splitlines() if "is late" in line]
-    assert len(late) == 1 and "rank 1 is late: forward of step 3 lasts longer than 20 s, and its process is" in late[0]
-    assert "stopped (state T)" in late[0] and "in bad\n" in said and "in forward_badly\n" in said
+    assert len(late) == 1 and "rank 1 is late: it has not moved for " in late[0]
+    assert (
+        " s, in forward of step 3, and its process is stopped (state T)" in late[0]
+        and "in bad\n" in said
+        and "in forward_badly\n" in said
+    )
     left = [command for command in processes_of(out) if "pytest" not in command]
     assert not left
 

@@ -5,18 +5,21 @@ In: hosts in namespaces of this machine, a tiny store. Out: what the commands pr
 
 import os
 import shlex
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from campaign import below, cmdline, wait
 from hosts_on_one_machine import Hosts, hosts, why_not
 from slurm_on_one_machine import slurm
 from slurm_on_one_machine import why_not as why_no_slurm
 from train_builders import ROOT, losses, prepare_run, rank_environment, tiny_run, tiny_store, train_ranks
 
 from train import hostfile
+from train.exit_codes import STOPPED
 from train.hostfile import Host
 
 pytestmark = [
@@ -80,6 +83,7 @@ def test_make_hostfile_and_make_doctor_find_two_hosts_well(three: Hosts, store: 
     assert "n2               interface   ok    eth0 (" in done.stdout
     measured = [line for line in done.stdout.splitlines() if " all-reduce  ok" in line and "1 pair(s)" in line]
     assert len(measured) == 2
+    assert 'the worst of 1 pair(s): make dry-run ARGS="--bandwidth-inter ' in done.stdout.splitlines()[-1]
     unknown = _make(three, tmp_path, "hostfile", "NODES=n[1-4]", "SLOTS=1", f"HOSTFILE={path}")
     assert unknown.returncode == 2 and "found 'n4', which neither the name service" in unknown.stderr
     alias = _make(three, tmp_path, "hostfile", f"NODES=n1 {three.address('n1')}", "SLOTS=1", f"HOSTFILE={path}")
@@ -103,18 +107,68 @@ def test_the_doctor_names_the_host_that_is_cut_off_and_the_one_that_is_slow(thre
     assert "leave it out: `make hostfile ARGS='--exclude n3'`" in done.stdout
 
 
-def test_a_run_over_two_hosts_has_the_losses_of_one_host(three: Hosts, store: Path, tmp_path: Path) -> None:
-    run = tiny_run(num_steps=4)
+def test_a_run_over_two_hosts_saves_on_a_signal_goes_on_and_has_the_losses_of_one_host(
+    three: Hosts, store: Path, tmp_path: Path
+) -> None:
+    run = tiny_run(num_steps=8)
     one = prepare_run(tmp_path / "one", store, run)
     assert train_ranks(one, slots=2) == 0
     run.save(tmp_path / "run.yaml")
     hostfile.write(tmp_path / "cluster", [Host("n1", 1), Host("n2", 1)], "test")
     words = ["--config", tmp_path / "run.yaml", "--store", store, "--out", tmp_path / "two"]
     command = [sys.executable, "-m", "train", "train", *words, "--hostfile", tmp_path / "cluster"]
-    env = {**rank_environment(), "DS_ACCELERATOR": "cpu", "GLOO_SOCKET_IFNAME": "eth0"}
+    env = {**rank_environment(), "DS_ACCELERATOR": "cpu"}
+    with open(tmp_path / "said", "w") as said:
+        process = subprocess.Popen(
+            three.words("login", list(map(str, command))), cwd=ROOT, env=env, stdout=said, stderr=said, text=True
+        )
+        rows = tmp_path / "two" / "metrics.jsonl"
+        assert wait(lambda: process.poll() is not None or (rows.exists() and rows.read_text()), 300)
+        [launcher] = [
+            pid for pid in below(process.pid) if cmdline(pid).split(b"\0")[1:4] == [b"-m", b"train", b"train"]
+        ]
+        os.kill(launcher, signal.SIGUSR1)
+        assert process.wait(timeout=60) == STOPPED, (tmp_path / "said").read_text()
+    assert "SIGUSR1, passed on to 2 process(es)" in (tmp_path / "said").read_text()
+    assert 0 < len(losses(tmp_path / "two")) < 8
     done = three.run(*map(str, command), cwd=ROOT, env=env)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    assert "resuming from" in done.stdout and "n2: rank 1 of 2, agent " in done.stderr
     assert max(abs(a - b) for a, b in zip(losses(one), losses(tmp_path / "two"), strict=True)) < 1e-5
+
+
+# A launch of its own on two nodes, which is asked to save after some seconds; argv: the folder of logs.
+IN_A_JOB = """
+import os, signal, sys, threading
+from pathlib import Path
+from train import launch
+from train.hostfile import Host
+code = '''
+import os, signal, sys, time
+signal.signal(signal.SIGUSR1, lambda *_: sys.exit(85))
+print(os.environ["RANK"], os.environ["MASTER_ADDR"], os.environ["GLOO_SOCKET_IFNAME"], sys.argv[1:], flush=True)
+signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGUSR1])
+time.sleep(60)
+'''
+threading.Timer(3.0, lambda: os.kill(os.getpid(), signal.SIGUSR1)).start()
+command = [sys.executable, "-c", code, "a b;$(id)\\n%h"]
+sys.exit(launch.launch([Host("n1", 1), Host("n2", 1)], command, Path(sys.argv[1]), os.environ))
+"""
+
+
+@pytest.mark.skipif(bool(why_no_slurm()), reason=why_no_slurm())
+def test_in_an_allocation_of_slurm_agents_are_started_by_srun_and_a_signal_reaches_both(tmp_path: Path) -> None:
+    (tmp_path / "job.py").write_text(IN_A_JOB)
+    with slurm(tmp_path / "slurm") as made:
+        job = [sys.executable, str(tmp_path / "job.py"), str(tmp_path / "logs")]
+        words = made.words("login", ["salloc", "--quiet", "--nodes=2", "--ntasks=2", *job])
+        env = {**made.environment, "PYTHONPATH": str(ROOT), "DS_ACCELERATOR": "cpu"}
+        done = subprocess.run(words, cwd=ROOT, env=env, capture_output=True, text=True, check=False)
+    assert done.returncode == STOPPED, done.stderr
+    lines = [(tmp_path / "logs" / f"rank-0000{rank}.log").read_text().strip() for rank in (0, 1)]
+    address = lines[0].split()[1]
+    assert lines == [f"{rank} {address} eth0 {['a b;$(id)' + chr(10) + '%h']}" for rank in (0, 1)]
+    assert "n2: rank 1 of 2, agent " in done.stderr and "SIGUSR1, passed on to 2 process(es)" in done.stderr
 
 
 @pytest.mark.skipif(bool(why_no_slurm()), reason=why_no_slurm())

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import mmap
 import os
 import shlex
 import signal
@@ -19,13 +20,14 @@ from pathlib import Path
 
 import pytest
 
-from train import hostfile, launch, ranks
+from train import hostfile, launch, leftovers, rank_environment, ranks
 from train.exit_codes import STOPPED
-from train.hostfile import Host, HostfileError
+from train.hostfile import Host
 from train.ranks import LaunchError
 
 ROOT = Path(__file__).resolve().parent.parent
 HERE = [Host("localhost", 2)]
+WORKER = [sys.executable, "-m", "train", "worker"]
 ENV = {"PATH": os.environ["PATH"], "DS_ACCELERATOR": "cpu"}
 
 
@@ -79,16 +81,17 @@ def test_every_rank_gets_its_environment_and_its_log(tmp_path: Path, capsys: pyt
     assert capsys.readouterr().out == _log(tmp_path, 0)
 
 
-def test_what_is_set_is_kept_and_what_is_not_has_a_default(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(launch, "_num_cores", lambda: 9)
-    monkeypatch.setattr(launch, "_has_cuda", lambda: False)
-    env = launch.rank_environment(1, 4, "1234", {})
+def test_what_is_set_is_kept_and_what_is_not_has_a_default(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rank_environment, "_num_cores", lambda: 9)
+    monkeypatch.setattr(rank_environment, "_has_cuda", lambda: False)
+    task = launch.task_here(Host("localhost", 4), [], tmp_path, "1234")
+    env = rank_environment.rank_environment(task, 1, {})
     assert (env["OMP_NUM_THREADS"], env["DS_ACCELERATOR"], env["GLOO_SOCKET_IFNAME"]) == ("2", "cpu", "lo")
     assert env["TORCH_EXTENSIONS_DIR"] == str(Path(sys.prefix) / "torch_extensions")
     kept = {"OMP_NUM_THREADS": "7", "GLOO_SOCKET_IFNAME": "eth1", "TORCH_EXTENSIONS_DIR": "/x"}
-    assert kept.items() <= launch.rank_environment(1, 4, "1234", kept).items()
-    monkeypatch.setattr(launch, "_has_cuda", lambda: True)
-    with_cuda = launch.rank_environment(1, 4, "1234", {})
+    assert kept.items() <= rank_environment.rank_environment(task, 1, kept).items()
+    monkeypatch.setattr(rank_environment, "_has_cuda", lambda: True)
+    with_cuda = rank_environment.rank_environment(task, 1, {})
     assert "DS_ACCELERATOR" not in with_cuda and "GLOO_SOCKET_IFNAME" not in with_cuda
 
 
@@ -200,6 +203,7 @@ def test_a_signal_to_the_launcher_reaches_every_rank_and_ends_everything(
 def test_sigusr1_is_passed_on_and_a_second_sigterm_does_not_wait(tmp_path: Path) -> None:
     code = (
         "signal.signal(signal.SIGUSR1, lambda *_: print('checkpoint', flush=True))\n"
+        "signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGUSR1])\n"
         "count = []\n"
         "def stop(*_):\n    count.append(1); print('no', flush=True)\n    if len(count) > 1: sys.exit(1)\n"
         "signal.signal(signal.SIGTERM, stop)\n"
@@ -238,9 +242,24 @@ def test_memory_that_ranks_of_this_launch_share_is_given_back_and_no_other(tmp_p
     mine, other = Path(f"{prefix}_{port}_1"), Path(f"{prefix}_{port}2_1")
     mine.touch()
     other.touch()
-    launch.clear_shared_memory(port)
+    leftovers.clear_shared_memory("127.0.0.1", port)
     assert not mine.exists() and other.exists()
     other.unlink()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
+def test_memory_that_a_killed_launch_has_left_is_given_back_unless_it_is_used_or_new() -> None:
+    prefix = f"/dev/shm/deepspeed_allreduce_buffer_{os.getuid()}_test_{os.getpid()}"
+    used, left, new = (Path(f"{prefix}_{name}") for name in ("used", "left", "new"))
+    for path in (used, left, new):
+        path.write_bytes(bytes(4096))
+    for path in (used, left):
+        os.utime(path, (1000, 1000))
+    with open(used, "rb") as file, mmap.mmap(file.fileno(), 4096, prot=mmap.PROT_READ):
+        assert left in (cleared := leftovers.clear_unused_memory(2000)) and used not in cleared and new not in cleared
+        assert used.exists() and new.exists() and not left.exists()
+    for path in (used, new):
+        path.unlink()
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the kernel's parent-death signal is Linux's")
@@ -274,9 +293,9 @@ def test_a_lock_that_nobody_holds_is_removed_and_a_held_or_new_one_is_not(tmp_pa
         os.utime(lock, (1000, 1000))
     os.utime(locks["new"])
     with open(locks["held"], "rb"):
-        assert launch.clear_stale_locks(tmp_path / "ext", time.time() - 60) == [locks["stale"]]
+        assert leftovers.clear_stale_locks(tmp_path / "ext", time.time() - 60) == [locks["stale"]]
     assert locks["held"].exists() and locks["new"].exists() and not locks["stale"].exists()
-    assert launch.clear_stale_locks(tmp_path / "no such folder", time.time()) == []
+    assert leftovers.clear_stale_locks(tmp_path / "no such folder", time.time()) == []
 
 
 def test_the_launch_says_that_it_removed_a_lock(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -297,89 +316,6 @@ def test_launches_that_cannot_start_say_why(tmp_path: Path) -> None:
         launch.launch([Host("localhost", 1), Host("127.0.0.1", 1)], _python(""), tmp_path / "logs", ENV)
 
 
-# Other hosts: ssh and pdsh are small scripts, DeepSpeed's runner is the real one.
-
-OTHERS = [Host("node-a.invalid", 2), Host("node-b.invalid", 2)]
-WORKER = [sys.executable, "-m", "train", "worker"]
-
-
-def _programs(tmp_path: Path, **scripts: str) -> str:
-    folder = tmp_path / "bin"
-    folder.mkdir()
-    for name, script in scripts.items():
-        (folder / name).write_text(f"#!/bin/sh\n{script}\n", encoding="utf-8")
-        (folder / name).chmod(0o755)
-    return f"{folder}:{os.environ['PATH']}"
-
-
-def test_hosts_that_do_not_answer_are_named_and_nothing_starts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    ssh = 'case "$*" in *node-b*) echo "no route to node-b" >&2; exit 255;; esac'
-    path = _programs(tmp_path, ssh=ssh, pdsh=f"touch {tmp_path}/started")
-    monkeypatch.setenv("PATH", path)
-    with pytest.raises(HostfileError, match=r"1 of 2 hosts do not answer: node-b\.invalid \(no route to node-b\)"):
-        launch.launch(OTHERS, WORKER, tmp_path / "logs", {**ENV, "PATH": path})
-    assert not (tmp_path / "started").exists()
-
-
-def test_without_pdsh_the_message_says_what_to_install(tmp_path: Path) -> None:
-    with pytest.raises(LaunchError, match=r"found no `pdsh` on this machine; .* Install it"):
-        launch.launch(OTHERS, WORKER, tmp_path / "logs", {**ENV, "PATH": str(tmp_path)})
-
-
-def test_deepspeeds_runner_brings_every_argument_whole_to_the_other_hosts(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    arguments = ["a=1", "it's", "x [1, 2]", "$HOME", '$(id) `id` \\ "q"', "*", "a;b", "[1,2]"]
-    # What follows `worker` on pdsh's command line is what the remote shell reads.
-    pdsh = 'case "$*" in *pkill*) exit 0;; esac\nprintf "%s" "$*" > "$PDSH_SEEN"'
-    path = _programs(tmp_path, ssh="echo 10.0.0.1", pdsh=pdsh)
-    seen = tmp_path / "seen"
-    monkeypatch.setenv("PATH", path)
-    env = {**ENV, "PATH": path, "PDSH_SEEN": str(seen), "BRAINLOOM_X": "y z", "HF_TOKEN": "secret", "MASTER_PORT": "1"}
-    assert launch.launch(OTHERS[:1], [*WORKER, *arguments], tmp_path / "logs", env) == 0
-    line = seen.read_text(encoding="utf-8")
-    assert "-w node-a.invalid" in line and "--no_local_rank" in line and "--master_port=1 " in line
-    assert 'export BRAINLOOM_X="y z";' in line and "secret" not in line
-    remote = "printf '%s\\n' " + line.split(" train worker ")[1]
-    printed = subprocess.run(["sh", "-c", remote], capture_output=True, text=True, check=True).stdout
-    assert printed.splitlines() == arguments
-    assert hostfile.read(tmp_path / "logs" / "hostfile") == OTHERS[:1]
-
-
-def test_a_failure_on_other_hosts_is_reported_with_the_runners_log(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    path = _programs(tmp_path, ssh="echo 10.0.0.1", pdsh='echo "node-b: out of disk"; exit 5')
-    monkeypatch.setenv("PATH", path)
-    assert launch.launch(OTHERS, WORKER, tmp_path / "logs", {**ENV, "PATH": path}) == 5
-    said = capsys.readouterr()
-    assert "launch: the DeepSpeed runner failed: exit code 5. Its last lines" in said.err
-    assert "  | node-b: out of disk" in said.err and "node-b: out of disk" in said.out
-
-
-def test_what_cannot_go_through_pdsh_is_refused() -> None:
-    with pytest.raises(LaunchError, match=r"found 'a%h'; expected arguments without `%`"):
-        launch.quote_for_pdsh("a%h")
-    with pytest.raises(LaunchError, match=r"expected `python -m MODULE \.\.\.`"):
-        launch.deepspeed_command(["/bin/true"], Path("logs"), {})
-    with pytest.raises(LaunchError, match=r"found HF_HOME='\$\(id\)', .* Change or unset HF_HOME"):
-        launch.forwarded_environment({"HF_HOME": "$(id)"})
-
-
-def test_keys_stay_here_and_what_names_a_project_goes_along() -> None:
-    env = {**ENV, "WANDB_PROJECT": "loom", "WANDB_API_KEY": "secret", "AWS_SECRET_ACCESS_KEY": "secret"}
-    lines = launch.forwarded_environment(env)
-    assert "WANDB_PROJECT=loom" in lines and "secret" not in "".join(lines)
-
-
-def test_the_users_own_deepspeed_env_loses_what_would_crash_the_runner(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("HOME", str(tmp_path))
-    (tmp_path / ".deepspeed_env").write_text("# c\n\nA=1\n", encoding="utf-8")
-    assert launch.forwarded_environment(ENV)[0] == "A=1"
-
-
 def _main(*argv: str) -> int:
     """Parse as `python -m train` does: in a sub-command."""
     parser = argparse.ArgumentParser()
@@ -397,18 +333,6 @@ def test_a_dry_run_shows_the_ranks_of_this_machine(tmp_path: Path, capsys: pytes
         assert f" RANK={rank} " in printed
     assert printed.count(shlex.join([*WORKER, "--x", "a b"])) == 2
     assert not out.exists()
-
-
-def test_a_dry_run_shows_the_checks_the_hosts_and_the_runner(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    hostfile.write(tmp_path / "hosts", OTHERS, "test")
-    assert _main("--hostfile", str(tmp_path / "hosts"), "--out", str(tmp_path / "run"), "--dry-run", "--", "--x") == 0
-    printed = capsys.readouterr().out
-    assert "node-b.invalid: ranks 2 to 3\n    check: ssh -o BatchMode=yes -o ConnectTimeout=5 node-b.invalid" in printed
-    assert "-m deepspeed.launcher.runner --hostfile" in printed
-    assert "--force_multi --no_local_rank --module train worker --x" in printed
-    assert not (tmp_path / "run").exists()
 
 
 def test_a_missing_or_wrong_hostfile_ends_with_2(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -11,7 +11,7 @@ from train_builders import handmade_run, tiny_run, tiny_store
 
 from prep.settings import ConfigError
 from prep.store import Store
-from train import config, start
+from train import config, hostfile, start
 from train.__main__ import main
 
 
@@ -84,3 +84,17 @@ def test_a_run_does_not_become_another_model_or_start_afresh_among_old_checkpoin
     start.prepare(replace(run, data=data), Store(store), out)
     with pytest.raises(ConfigError, match="--resume never would mix two runs"):
         start.prepare(run, Store(store), out, "never")
+
+
+def test_hosts_beyond_those_that_are_used_are_spares(
+    store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(hostfile, "addresses", lambda name: {name})
+    path = tmp_path / "three"
+    path.write_text("a.invalid slots=1\nb.invalid slots=1\nc.invalid slots=1\n")
+    assert main(command(store, tmp_path / "run", str(path), "--nodes", "2", "--dry-run")) == 0
+    printed = capsys.readouterr().out
+    assert "b.invalid: rank 1, started by an agent" in printed and printed.endswith("spare: c.invalid\n")
+    for number in ("4", "0", "-1"):
+        assert main(command(store, tmp_path / "run", str(path), f"--nodes={number}", "--dry-run")) == 2
+        assert f"--nodes {number}, but {path} has 3 host(s). Give 1 to 3." in capsys.readouterr().err

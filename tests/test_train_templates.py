@@ -55,7 +55,6 @@ def test_slurm_takes_the_job_scaled_down_to_two_nodes(tmp_path: Path) -> None:
         "--test-only",
         "--nodes=2",
         "--gpus-per-node=0",
-        "--cpus-per-task=1",
         "--time=1:00:00",
         str(SLURM),
     ]

@@ -3,6 +3,7 @@
 In: exchanges and jobs made for the test. Out: bytes and seconds.
 """
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -11,7 +12,7 @@ from prep.settings import ConfigError
 from train.activations import Passes
 from train.config import OptimConfig, RunConfig
 from train.memory import Job, Zero
-from train.traffic import Exchange, Machine, exchanges, laptop, pace
+from train.traffic import SUMS, Exchange, Machine, exchanges, laptop, num_buckets, pace
 
 PASSES = Passes(rows=100, inputs=0, kept=0, most=0)
 
@@ -19,12 +20,12 @@ PASSES = Passes(rows=100, inputs=0, kept=0, most=0)
 def a_job(nodes: int, slots: int, accumulation: int = 1, **zero: Any) -> Job:
     batch = nodes * slots * accumulation
     run = RunConfig(train=OptimConfig(precision="bf16", global_batch_size=batch, micro_batch_size=1))
-    return Job(run=run, zero=Zero(**zero), nodes=nodes, slots=slots, num_rows=0, on_cuda=True)
+    return Job(run=run, zero=Zero(**zero), nodes=nodes, slots=slots, num_rows=1000, on_cuda=True)
 
 
 def payloads(job: Job) -> dict[str, float]:
     """Of the core, in whole models of bf16 weights."""
-    found = [x for x in exchanges(job, PASSES) if "unit table" not in x.name]
+    found = [x for x in exchanges(job, PASSES) if "unit table" not in x.name and x is not SUMS]
     return {x.name: x.payload * x.times / (2 * job.num_parameters) for x in found}
 
 
@@ -39,6 +40,21 @@ def test_a_ring_sends_all_but_its_own_share_and_leaves_each_node_once() -> None:
 def test_pairs_of_ranks_send_to_all_alike() -> None:
     intra, inter = Exchange("rows", 64e9, 2, "pairs").sent(8, 8)
     assert (intra, inter) == pytest.approx((14e9, 112e9))
+
+
+def test_a_round_of_a_ring_takes_the_messages_of_all_hops_but_one() -> None:
+    ring, pairs, node = (Exchange("x", 1, 1, group, rounds=3) for group in ("all", "pairs", "node"))
+    assert ring.hops(8, 8) == (56, 7) and ring.hops(1, 8) == (7, 0) and ring.hops(8, 1) == (0, 7)
+    assert pairs.hops(8, 8) == (0, 1) and pairs.hops(1, 8) == (1, 0), "all of them at the same time"
+    assert node.hops(8, 8) == (7, 0)
+    machine = Machine(latency_intra=2, latency_inter=10, bandwidth_inter=1)
+    assert ring.waiting(a_job(8, 8), machine) == pytest.approx(3 * (56 * 2 + 7 * 10) / 1e6)
+    assert replace(ring, payload=8e9).seconds(a_job(8, 1), machine) == pytest.approx(3 * 7 * 10 / 1e6 + 7)
+
+
+def test_parameters_are_sent_in_buckets() -> None:
+    assert num_buckets([3, 3, 3, 3], 6) == 2 and num_buckets([3, 3, 3], 5) == 3 and num_buckets([9], 5) == 1
+    assert num_buckets([3, 3, 3, 3], 5, over=True) == 2 and num_buckets([], 5) == 0
 
 
 def test_what_stays_within_a_node_does_not_leave_it() -> None:
@@ -85,6 +101,8 @@ def test_rows_of_the_table_go_with_their_numbers_and_come_back_as_gradients() ->
     job = a_job(2, 2)
     rows = next(x for x in exchanges(job, PASSES) if "unit table" in x.name)
     assert rows.payload == 100 * (8 + 2 * 4 * job.config.unit_embed_size) and rows.group == "pairs"
+    more = next(x for x in exchanges(a_job(2, 2, accumulation=30), PASSES) if "unit table" in x.name)
+    assert more.payload == 10 * rows.payload and more.times == 1, "each of the thousand rows once a step"
 
 
 def test_offloading_is_sent_to_the_host_and_to_the_disk() -> None:
@@ -99,7 +117,7 @@ def test_a_step_lies_between_all_hidden_and_nothing_hidden() -> None:
     sent = [Exchange("gather", 160e9, 1, "all"), Exchange("away", 2e9, 1, "host")]
     found = pace(job, machine, 16 * 50e12, sent)
     assert (found.compute_s, found.offload_s) == pytest.approx((1, 2))
-    assert found.exchange_s == pytest.approx(150 / 8 / 10), "150 GB leave the node by eight cards"
+    assert found.exchange_s == pytest.approx(150 / 8 / 10), "150 GB leave the node by eight cards, in no message"
     assert found.bounds_s == pytest.approx((1.875 + 2, 2.875 + 2))
 
 

@@ -3,23 +3,22 @@
 In: small Python scripts with a heart, as ranks of a real launcher; beats written by hand. Out: exit codes, messages.
 """
 
-import json
 import os
 import socket
 import subprocess
 import sys
 import time
-from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 
 from train import watchdog
+from train.events import Pulse
 from train.exit_codes import HUNG
 from train.heartbeat import Beat, Heart, beat_path, read_beat
 from train.hostfile import Host
 from train.launch import launch
-from train.watchdog import Watchdog, explain
+from train.watchdog import Seen, Watchdog, explain
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -127,55 +126,57 @@ def a_beat(rank: int, num_pulses: int, num_phases: int, host: str = "n1") -> Bea
     )
 
 
-def look(folder: Path, monkeypatch: pytest.MonkeyPatch, beats_at: list[list[Beat]]) -> list[list[int]]:
-    """What a watchdog says, second after second, of the beats that it finds."""
+def look(monkeypatch: pytest.MonkeyPatch, beats_at: list[list[Beat]], stopped: tuple[int, ...] = ()) -> list[list[int]]:
+    """What a watchdog says, second after second, of the beats that it hears."""
     now_s = [0.0]
     monkeypatch.setattr(watchdog.time, "monotonic", lambda: now_s[0])
-    dog, said = Watchdog(folder), []
+    dog, said = Watchdog(), []
     for beats in beats_at:
-        for beat in beats:
-            beat_path(folder, beat.rank).write_text(json.dumps(asdict(beat)))
+        dog.hear("n1", Pulse(beats, list(stopped)))
         now_s[0] += 1.0
-        said.append([beat.rank for beat in dog.late()])
+        said.append(dog.late())
     return said
 
 
-def test_late_is_who_has_no_pulse_then_who_is_behind_then_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_late_is_who_has_no_pulse_then_who_is_behind_then_all(monkeypatch: pytest.MonkeyPatch) -> None:
     seconds = range(30)
     silent = [[a_beat(0, n, 9), a_beat(1, min(n, 3), 9)] for n in seconds]
     behind = [[a_beat(0, n, 9), a_beat(1, n, 8)] for n in seconds]
     together = [[a_beat(0, n, 9), a_beat(1, n, 9)] for n in seconds]
     moving = [[a_beat(0, n, n // 15), a_beat(1, n, n // 15)] for n in seconds]
     for beats, late in ((silent, [1]), (behind, [1]), (together, [0, 1]), (moving, [])):
-        said = look(tmp_path, monkeypatch, beats)
+        said = look(monkeypatch, beats)
         assert said == [[]] * 21 + [late] * 9 if late else said == [[]] * 30
 
 
-def test_beats_of_a_launch_before_and_files_that_are_no_beats_count_for_nothing(
+def test_who_was_stopped_by_a_signal_is_late_as_soon_as_its_pulse_is_missed(monkeypatch: pytest.MonkeyPatch) -> None:
+    beats = [[a_beat(0, n, 9), a_beat(1, min(n, 3), 9)] for n in range(12)]
+    assert look(monkeypatch, beats, stopped=(1,)) == [[]] * 9 + [[1]] * 3
+    going_on = [[a_beat(0, n, 9), a_beat(1, n, 9)] for n in range(12)]
+    assert look(monkeypatch, going_on, stopped=(1,)) == [[]] * 12, "stopped for a moment"
+
+
+def test_what_is_no_beat_and_a_rank_that_has_ended_count_for_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    beat_path(tmp_path, 0).write_text(json.dumps(asdict(a_beat(0, 1, 1))))
-    Watchdog(tmp_path)
-    assert not list(tmp_path.iterdir())
     beat_path(tmp_path, 1).write_text("{")
     assert read_beat(beat_path(tmp_path, 1)) is None
-    assert look(tmp_path, monkeypatch, [[]] * 30) == [[]] * 30
+    assert look(monkeypatch, [[a_beat(1, 1, 1)], *([[]] * 30)]) == [[]] * 31
 
 
-def test_a_launch_that_was_suspended_with_its_ranks_finds_nobody_late(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_launch_that_was_suspended_with_its_ranks_finds_nobody_late(monkeypatch: pytest.MonkeyPatch) -> None:
     now_s = [0.0]
     monkeypatch.setattr(watchdog.time, "monotonic", lambda: now_s[0])
-    dog = Watchdog(tmp_path)
-    beat_path(tmp_path, 0).write_text(json.dumps(asdict(a_beat(0, 1, 1))))
+    dog = Watchdog()
+    dog.hear("n1", Pulse([a_beat(0, 1, 1)]))
     for wait_s in (1.0, 3600.0, 1.0):
         now_s[0] += wait_s
         assert dog.late() == []
 
 
 def test_a_late_rank_of_another_host_is_named_without_a_stack_and_many_are_counted() -> None:
-    said = explain([a_beat(rank, 1, 1, "far-away") for rank in range(12)], {4242: Path("nowhere")})
+    named, said = explain([Seen(a_beat(rank, 1, 1, "far-away"), still_s=21) for rank in range(12)], {})
+    assert named == [*range(12)]
     assert "rank 7 is late: forward of step 5 lasts longer than 20 s (process 4242 on far-away)." in said
     assert "rank 8" not in said and said.endswith("4 more ranks are late.")
 

@@ -264,7 +264,7 @@ import argparse, os, sys
 from pathlib import Path
 import torch.distributed as dist
 from train import loop
-from train.launch import free_port
+from train.network import free_port
 destroy, dist.destroy_process_group = dist.destroy_process_group, lambda: None  # all runs are of one group
 for run_dir in sys.argv[2:]:
     if dist.is_initialized():  # the self-check begins anew, where nothing has been said yet

@@ -23,9 +23,11 @@ COMMANDS = {  # command: (module, what it does)
         "train.dry_run",
         "what a run needs of a machine, and how many days it takes, found without one",
     ),
+    "sbatch": ("train.batch_job", "the batch script of a run for SLURM, and how to submit it"),
     "launch": ("train.launch", "start a command once per slot of a hostfile"),
     "demo": ("train.demo", "the whole road on this machine, from a synthetic brain to a hub folder"),
     "worker": ("train.loop", "one rank of a training run (the launcher starts it)"),
+    "agent": ("train.agent", "the ranks of one host (the launcher starts it there)"),
     "doctor-probe": ("train.doctor_probe", "what one host has (the doctor starts it there)"),
     "doctor-pairs": ("train.doctor_pairs", "all-reduces between hosts (the doctor starts it on each)"),
 }

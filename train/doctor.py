@@ -20,12 +20,13 @@ from pathlib import Path
 from typing import Any
 
 from prep.store import Store, StoreError
-from train import config, hostfile, launch
+from train import config, hostfile
 from train.allocation import DEFAULT_PATH, discover
 from train.doctor_checks import CHECKS, MIN_FREE_BYTES, Context, Facts, Found, Line, all_reduce, lines
 from train.doctor_probe import FACT_S, MARK, Question, nearest_folder
 from train.hostfile import Host
-from train.on_hosts import Answer, ask_all, words_for
+from train.on_hosts import Answer, ask_all, reached_at, words_for
+from train.rank_environment import extensions_dir
 
 PROBE_S = FACT_S + 15.0  # with the way there and the start of Python
 STATE_BYTES = 12  # of a parameter in a checkpoint: itself and two moments
@@ -63,10 +64,13 @@ def main(args: argparse.Namespace) -> int:
     for host, answer in zip(hosts, answers, strict=True):
         said += _answered(host, answer, found)
     said += lines(found, context)
-    said += _all_reduce([host for host in hosts if host.name in found], found, os.environ)
+    pairs, results = _all_reduce([host for host in hosts if host.name in found], found, os.environ)
+    said += pairs
     order = {host.name: number for number, host in enumerate(hosts)}
     for line in sorted(said, key=lambda line: order[line.host]):
         print(line)
+    if network := of_the_network(results):
+        print(network)
     bad = sum(bool(line.fix) for line in said)
     print(f"{len(hosts)} host(s), {len(said)} checks, {bad} FAIL", file=sys.stderr)
     return 1 if bad else 0
@@ -85,15 +89,10 @@ def _question(args: argparse.Namespace, hosts: list[Host], host: Host, marker: s
         config=str(args.config.resolve()) if args.config else "",
         out=str(args.out.resolve()) if args.out else "",
         marker=marker,
-        extensions=str(launch.extensions_dir(os.environ)),
-        peer=next((_reached_at(other) for other in hosts if other != host), ""),
+        extensions=str(extensions_dir(os.environ)),
+        peer=next((reached_at(other) for other in hosts if other != host), ""),
         env={name: os.environ[name] for name in INTERFACES if name in os.environ},
     )
-
-
-def _reached_at(host: Host) -> str:
-    """An address, since the ranks find each other by addresses: the hosts need not know each other's names."""
-    return min(hostfile.addresses(host.name), default=host.name)
 
 
 def _needed_bytes(path: Path | None, store: str) -> float:
@@ -159,11 +158,11 @@ def _marked(out: str) -> Any:
     return None if line is None else json.loads(line.removeprefix(MARK))
 
 
-def _all_reduce(hosts: list[Host], found: Found, env: os._Environ[str]) -> list[Line]:
+def _all_reduce(hosts: list[Host], found: Found, env: os._Environ[str]) -> tuple[list[Line], list[Facts]]:
     """Measure every pair of the hosts that answered; a host that is slow with all others is named."""
     usable = [host for host in hosts if "error" not in found[host.name]["interface"]]
     if len(usable) < 2:
-        return [Line(host.name, "all-reduce", "one host: nothing to compare") for host in usable]
+        return [Line(host.name, "all-reduce", "one host: nothing to compare") for host in usable], []
     from train.doctor_pairs import time_limit_s  # imports torch: seconds
 
     words = words_for(usable, env)
@@ -171,7 +170,18 @@ def _all_reduce(hosts: list[Host], found: Found, env: os._Environ[str]) -> list[
     answers = ask_all([words(host, PAIRS) for host in usable], tasks, time_limit_s(len(usable)))
     results = {host.name: _marked(answer.out) for host, answer in zip(usable, answers, strict=True)}
     said = [_no_pairs(host, answer) for host, answer in zip(usable, answers, strict=True) if results[host.name] is None]
-    return said + all_reduce([result for each in results.values() for result in each or []])
+    measured = [result for each in results.values() for result in each or []]
+    return said + all_reduce(measured), measured
+
+
+def of_the_network(results: list[Facts]) -> str:
+    """What `make dry-run` wants to know of the network: a ring is as slow as the slowest of its links."""
+    rates = [result["gbit_s"] / 8 for result in results if "gbit_s" in result]
+    if not rates:
+        return ""
+    latency_us = max(result["latency_us"] for result in results if "gbit_s" in result)
+    options = f"--bandwidth-inter {min(rates):.3g} --latency-inter {latency_us:.1f}"
+    return f'network: GB/s and us a message, the worst of {len(rates)} pair(s): make dry-run ARGS="{options}"'
 
 
 def _task(rank: int, hosts: list[Host], found: Found) -> Facts:

@@ -2,6 +2,9 @@
 
 In:  a `Task` as JSON on stdin. Out: a line of JSON for each pair in which this host comes first: how fast, or why not.
 In each round every host is in one pair at most, so that no pair disturbs another more than a run would.
+
+A large all-reduce says the bandwidth: of n bytes between two, each of them sends n. Many small all-gathers, begun
+before any has ended as ZeRO-3 does it, say the latency: what each of them takes beside its bytes (train/traffic.py).
 """
 
 from __future__ import annotations
@@ -13,6 +16,7 @@ import os
 import signal
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,6 +28,7 @@ from train.doctor_probe import MARK
 
 NUM_FLOATS = 4 * 2**20
 NUM_REPEATS = 3
+NUM_GATHERS, GATHERED_FLOATS, NUM_SMALL_REPEATS = 32, 2**14, 10
 PAIR_S = 30.0  # one pair, with its rendezvous
 START_S = 60.0  # until all hosts are there
 
@@ -78,8 +83,8 @@ def _comes(store: Store, keys: list[str], deadline_s: float) -> bool:
     return True
 
 
-def _gbit_s(task: Task, store: Store, pair: tuple[int, int]) -> float:
-    """Bytes of an all-reduce between the two, as each of them sends and receives them, in Gbit/s."""
+def _speed(task: Task, store: Store, pair: tuple[int, int]) -> dict[str, float]:
+    """Of a way between two: `gbit_s`, of what each of them sends while it receives as much, and `latency_us`."""
     dist.init_process_group(
         "nccl" if task.use_gpu else "gloo",
         store=PrefixStore(f"{pair[0]}-{pair[1]}", store),
@@ -88,16 +93,31 @@ def _gbit_s(task: Task, store: Store, pair: tuple[int, int]) -> float:
         timeout=datetime.timedelta(seconds=PAIR_S / 2),
     )
     try:
-        values = torch.ones(NUM_FLOATS, device="cuda" if task.use_gpu else "cpu")
-        dist.all_reduce(values)
-        began_s = time.perf_counter()
-        for _ in range(NUM_REPEATS):
-            dist.all_reduce(values)
-        float(values[0])  # waits for the GPU
-        seconds = time.perf_counter() - began_s
+        device = "cuda" if task.use_gpu else "cpu"
+        values, own = torch.ones(NUM_FLOATS, device=device), torch.ones(GATHERED_FLOATS // 2, device=device)
+        byte_s = _seconds(lambda: dist.all_reduce(values), values, NUM_REPEATS) / values.nbytes
+        gathered = [torch.empty(GATHERED_FLOATS, device=device) for _ in range(NUM_GATHERS)]
+        gather_s = _seconds(lambda: _gather(gathered, own), gathered[-1], NUM_SMALL_REPEATS) / NUM_GATHERS
     finally:
         dist.destroy_process_group()
-    return 8 * values.nbytes * NUM_REPEATS / seconds / 1e9
+    return {"gbit_s": 8 / byte_s / 1e9, "latency_us": 1e6 * max(0.0, gather_s - own.nbytes * byte_s)}
+
+
+def _gather(gathered: list[torch.Tensor], own: torch.Tensor) -> None:
+    """Begin all, then wait for each."""
+    for work in [dist.all_gather_into_tensor(whole, own, async_op=True) for whole in gathered]:
+        work.wait()
+
+
+def _seconds(communicate: Callable[[], object], result: torch.Tensor, number: int) -> float:
+    """The least of `number` calls: what else a host does only adds. The first has connections to make."""
+    found = []
+    for _ in range(1 + number):
+        began_s = time.perf_counter()
+        communicate()
+        float(result[0])  # waits for the GPU
+        found.append(time.perf_counter() - began_s)
+    return min(found[1:])
 
 
 def _measure(task: Task, store: Store, pair: tuple[int, int], came: list[int]) -> dict[str, Any]:
@@ -106,7 +126,7 @@ def _measure(task: Task, store: Store, pair: tuple[int, int], came: list[int]) -
     if absent:
         return {**result, "error": f"{absent[0]} did not come to {task.address}:{task.port}"}
     try:
-        return {**result, "gbit_s": _gbit_s(task, store, pair)}
+        return {**result, **_speed(task, store, pair)}
     except (RuntimeError, ValueError) as error:  # torch has no narrower ones for a lost peer
         return {**result, "error": str(error).strip().splitlines()[0]}
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import fcntl
 import hashlib
 import importlib.metadata
 import json
@@ -17,8 +16,6 @@ import re
 import resource
 import shutil
 import signal
-import socket
-import struct
 import subprocess
 import sys
 import tempfile
@@ -30,14 +27,14 @@ from pathlib import Path
 from typing import Any
 
 from prep.store import Store
-from train import launch
+from train import leftovers
+from train.network import free_port, interfaces, own_address, way_to
 
 MARK = "brainloom-doctor "  # before the answer: a login shell may print lines of its own
 FACT_S = 30.0  # a fact that takes longer is an error
 PACKAGES = ("torch", "deepspeed", "transformers", "numpy", "safetensors", "zarr")
 CODE = ("prep/**/*.py", "train/**/*.py", "ds_configs/*.json")
 TRIAL_BYTES = 64 * 2**20
-SIOCGIFADDR = 0x8915
 _WORKER = re.compile(rb"\0(-m|--module)\0([^\0]+\0)*?train\0(worker|agent)\0")
 
 Fact = Any
@@ -64,7 +61,7 @@ def facts(question: Question) -> dict[str, Fact]:
         "code": lambda: {"digest": code_digest(Path.cwd()), "revision": _revision()},
         "gpus": _gpus,
         "processes": _processes,
-        "locks": lambda: _locks(Path(question.extensions)),
+        "locks": lambda: leftovers.locks(Path(question.extensions)),
         "interface": lambda: interface(question.peer, question.env),
         "limits": _limits,
         "shm": lambda: shutil.disk_usage("/dev/shm").total,
@@ -151,19 +148,6 @@ def _processes() -> list[str]:
     return sorted(found)
 
 
-def _locks(folder: Path) -> dict[str, Fact]:
-    """By file (path and inode, so that a shared file is the same on every host): whether one of this host's processes
-    holds the lock, and the seconds since it was made."""
-    now = time.time()
-    found = {}
-    for lock in sorted(folder.glob("*/lock")):
-        with contextlib.suppress(FileNotFoundError):  # its build has just ended
-            status = lock.stat()
-            key = f"{lock} {status.st_ino}"
-            found[key] = {"held": not launch.is_stale(lock, now), "age_s": now - status.st_mtime}
-    return found
-
-
 def nearest_folder(path: Path) -> Path:
     """The folder itself, or the nearest one above it that is there."""
     return next(folder for folder in (path, *path.parents) if folder.is_dir())
@@ -189,35 +173,16 @@ def disk(out: Path, marker: str) -> dict[str, Fact]:
 
 def interface(peer: str, env: dict[str, str]) -> dict[str, Fact]:
     """The network interface that leads to `peer`, its address, Mbit/s (0: it does not say), and InfiniBand's ports."""
-    addresses = {name: address for _, name in socket.if_nameindex() if (address := _ipv4(name))}
-    address = _way_to(peer, addresses) if peer else "127.0.0.1"
-    name = next((name for name in addresses if addresses[name] == address), "")
-    names = [name for _, name in socket.if_nameindex()]
-    own = ""
-    with contextlib.suppress(OSError):  # the host does not know its own name
-        own = socket.gethostbyname(socket.gethostname())
-    port = int(launch.free_port(""))
-    return {**_link(name), "address": address, "names": names, "own": own, "env": env, "port": port}
-
-
-def _way_to(peer: str, addresses: dict[str, str]) -> str:
-    """This host's address on the way to another; on the first interface that is no loopback, if its name is unknown."""
-    try:
-        family, _, _, _, target = socket.getaddrinfo(peer, 9, type=socket.SOCK_DGRAM)[0]
-    except socket.gaierror:  # ssh or SLURM alone may know it
-        return sorted(addresses.values(), key=lambda address: address.startswith("127."))[0]
-    with socket.socket(family, socket.SOCK_DGRAM) as probe:
-        probe.connect(target)  # sends nothing: the kernel chooses the way
-        return str(probe.getsockname()[0])
-
-
-def _ipv4(name: str) -> str:
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-        try:
-            packed = fcntl.ioctl(probe.fileno(), SIOCGIFADDR, struct.pack("256s", name.encode()[:15]))
-        except OSError:  # it has no address
-            return ""
-    return socket.inet_ntoa(packed[20:24])
+    way = way_to(peer)
+    port = int(free_port(""))
+    return {
+        **_link(way.interface),
+        "address": way.address,
+        "names": interfaces(),
+        "own": own_address(),
+        "env": env,
+        "port": port,
+    }
 
 
 def _link(name: str) -> dict[str, Fact]:

@@ -18,10 +18,11 @@ from train import config, hostfile
 from train.config import RunConfig
 from train.memory import Job, Zero
 from train.plan import GIB, Plan, plan_of, samples_of
-from train.plan_table import show
+from train.plan_table import scale_of, show
 from train.sources import SourceTable
 from train.traffic import FP32_TFLOPS, Machine, laptop
 
+SCALES = (1, 2, 4, 8)  # nodes that are always compared
 MOST_NODES = 64  # that are tried where fewer cannot hold a run
 ROWS = 1_000_000  # of the unit table, where there is no store
 OF_THE_MACHINE = {  # what is measured most often; all other fields of Machine are taken from --measured
@@ -29,7 +30,8 @@ OF_THE_MACHINE = {  # what is measured most often; all other fields of Machine a
     "peak_tflops": "what a GPU can do, without sparsity",
     "mfu": "share of it that is assumed",
     "bandwidth_intra": "GB/s of a GPU to the others of its node",
-    "bandwidth_inter": "GB/s of a GPU's network card",
+    "bandwidth_inter": "GB/s of a GPU's network card; `make doctor` measures it",
+    "latency_inter": "microseconds of a message to another node; `make doctor` measures it",
 }
 
 
@@ -61,11 +63,23 @@ def main(args: argparse.Namespace) -> int:
     num_rows = args.units or (ROWS if store is None else len(SourceTable(store)))
     job = job_of(run, nodes, slots, num_rows, args.device == "cuda")
     plan = plan_of(job, machine_of(args, run), *samples_of(run, store))
-    print(json.dumps(plan.as_dict(), indent=1)) if args.json else show(plan)
+    others = scaled(plan)
+    if args.json:
+        print(json.dumps({**plan.as_dict(), "scaling": [scale_of(other) for other in others]}, indent=1))
+    else:
+        show(plan, others)
     if plan.shortage:
         ways = "; ".join(ways_out(plan)) or "nothing that was tried: take a smaller preset"
         raise DoesNotFit(f"{args.config} does not fit on {nodes} x {slots}: {plan.shortage}. What would fit: {ways}.")
     return 0
+
+
+def scaled(plan: Plan) -> list[Plan]:
+    """The same run on other numbers of nodes, where its batch can be shared among their ranks."""
+    job, train = plan.job, plan.job.run.train
+    numbers = sorted({*SCALES, job.nodes})
+    shared = [n for n in numbers if train.global_batch_size % (train.micro_batch_size * n * job.slots) == 0]
+    return [replace(plan, job=replace(job, nodes=number)) for number in shared]
 
 
 def _size(args: argparse.Namespace) -> tuple[int, int]:

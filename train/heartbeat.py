@@ -12,6 +12,7 @@ import signal
 import socket
 import sys
 import threading
+import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -49,6 +50,34 @@ def read_beat(path: Path) -> Beat | None:
         return Beat(**json.loads(path.read_text()))
     except (OSError, ValueError, TypeError):
         return None
+
+
+def first_beat(rank: int, pid: int) -> Beat:
+    """What stands for a rank of this host that has not come to its first beat, and may take any time for it."""
+    return Beat(
+        rank=rank,
+        host=socket.gethostname(),
+        pid=pid,
+        step=0,
+        phase="start",
+        num_phases=0,
+        num_pulses=0,
+        patience_s=float("inf"),
+    )
+
+
+class Silence:
+    """How long another side has not been heard, in time in which this process itself was running."""
+
+    def __init__(self) -> None:
+        self.seconds, self._looked_s = 0.0, time.monotonic()
+
+    def tick(self, heard: bool) -> float:
+        """Seconds of silence, given whether something was heard since the last call; to be called often."""
+        now_s = time.monotonic()
+        passed_s = min(now_s - self._looked_s, 2 * PULSE_S)  # a job that was suspended as a whole has missed nothing
+        self.seconds, self._looked_s = 0.0 if heard else self.seconds + passed_s, now_s
+        return self.seconds
 
 
 class Heart:

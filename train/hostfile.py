@@ -10,7 +10,6 @@ import datetime
 import ipaddress
 import os
 import re
-import shlex
 import socket
 import subprocess
 import tempfile
@@ -316,30 +315,6 @@ def _is_own_address(address: str) -> bool:
 def ssh_check(host: Host) -> list[str]:
     """Return the argv that shows whether a host answers and lets us in without a question."""
     return ["ssh", "-o", "BatchMode=yes", "-o", "ConnectTimeout=5", host.name, "true"]
-
-
-def check_answers(hosts: list[Host]) -> None:
-    """Raise HostfileError naming every host that ssh cannot run `true` on, with what ssh said."""
-    with ThreadPoolExecutor(max_workers=min(32, len(hosts))) as pool:
-        answers = list(pool.map(_ssh_problem, hosts))
-    silent = [f"{host.name} ({answer})" for host, answer in zip(hosts, answers, strict=True) if answer]
-    if silent:
-        raise HostfileError(
-            f"{len(silent)} of {len(hosts)} hosts do not answer: {'; '.join(silent)}. Expected "
-            f"`{shlex.join(ssh_check(hosts[0]))}` to end with 0 for each. Set up ssh keys, or take the hosts out of "
-            "the hostfile; nothing was started."
-        )
-
-
-def _ssh_problem(host: Host) -> str:
-    try:
-        answer = subprocess.run(ssh_check(host), stdin=subprocess.DEVNULL, capture_output=True, timeout=20, check=False)
-    except FileNotFoundError:
-        return "no `ssh` on this machine"
-    except subprocess.TimeoutExpired:
-        return "no answer in 20 s"
-    said = answer.stderr.decode(errors="replace").strip().splitlines()
-    return "" if answer.returncode == 0 else said[-1] if said else f"ssh ended with {answer.returncode}"
 
 
 def _error(where: str, line: int, found: str, expected: str, remedy: str) -> HostfileError:

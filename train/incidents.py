@@ -6,7 +6,6 @@ windows that it could not read; a TrainingError once too many steps in a row wer
 
 import json
 import math
-import time
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -16,9 +15,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from prep.settings import MODALITIES
+from train import incident_log
 from train.loader import Skipped, TrainingSamples
 from train.loss_watch import LossWatch
-from train.run_folder import INCIDENTS
 
 
 class TrainingError(ValueError):
@@ -29,7 +28,7 @@ class Incidents:
     """Every rank has one, and all of them are told the same."""
 
     def __init__(self, run_dir: Path, samples: TrainingSamples) -> None:
-        self._path, self._samples, self._run = run_dir / INCIDENTS, samples, samples.config
+        self._path, self._samples, self._run = run_dir / incident_log.INCIDENTS, samples, samples.config
         self._num_skipped = 0  # steps, one after the other
         self._watch = LossWatch(self._run.faults)
 
@@ -87,8 +86,7 @@ class Incidents:
         print(f"incident: {json.dumps(told)} (more in {self._path})", flush=True)
 
     def _append(self, row: dict[str, Any]) -> None:
-        with open(self._path, "a") as file:  # any rank: a line is one write
-            file.write(json.dumps({**row, "unix_s": time.time()}) + "\n")
+        incident_log.append(self._path.parent, row)
 
 
 def _number(value: float) -> float | None:

@@ -49,6 +49,7 @@ def main(args: argparse.Namespace) -> int:
     """Train one rank; the launcher has set RANK, WORLD_SIZE and the rendezvous."""
     for number in (signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, _request_stop)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGUSR1])  # one may have been waiting (train/ranks.py)
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")  # DeepSpeed's, each step
     run, rank = config.load(args.out / "config.yaml"), int(os.environ["RANK"])
     heart = Heart(args.out / "logs", rank, FIRST_STEP * run.faults.watchdog_s)

@@ -15,7 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-from train.hostfile import Host, is_this_machine, job_of, ssh_check
+from train.hostfile import Host, addresses, is_this_machine, job_of, ssh_check
 
 Words = Callable[[Host, list[str]], list[str]]
 
@@ -55,12 +55,18 @@ def words_for(hosts: list[Host], env: Mapping[str, str]) -> Words:
 
 def _by_srun(host: Host, words: list[str]) -> list[str]:
     here = f"--chdir={Path.cwd()}"
-    return ["srun", "--quiet", "--overlap", "--nodes=1", "--ntasks=1", f"--nodelist={host.name}", here, *words]
+    step = ["--quiet", "--overlap", "--nodes=1", "--ntasks=1", "--cpu-bind=none", f"--nodelist={host.name}", here]
+    return ["srun", *step, *words]
 
 
 def _by_ssh(host: Host, words: list[str]) -> list[str]:
     """ssh gives one string to the shell of the other side, the only one that reads what stands here."""
     return [*ssh_check(host)[:-1], f"cd {shlex.quote(os.getcwd())} && exec {shlex.join(words)}"]
+
+
+def reached_at(host: Host) -> str:
+    """An address, since the ranks find each other by addresses: the hosts need not know each other's names."""
+    return min(addresses(host.name), default=host.name)
 
 
 def ask_all(commands: list[list[str]], texts: list[str], timeout_s: float) -> list[Answer]:

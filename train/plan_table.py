@@ -15,12 +15,13 @@ HEADS = {"passes": "in the passes", "reduction": "at their end", "step": "optimi
 PLACES = {"device": "GPU", "host": "host", "disk": "disk"}
 
 
-def show(plan: Plan) -> None:
-    """Print all of it."""
+def show(plan: Plan, scaled: list[Plan]) -> None:
+    """Print all of it, and the same run on other numbers of nodes."""
     console = Console(highlight=False, soft_wrap=True)
     if not console.is_terminal:
         console.width = WIDTH
-    for piece in (_head(plan), _model(plan), _memory(plan), _traffic(plan), _time(plan), summary(plan)):
+    pieces = _head(plan), _model(plan), _memory(plan), _traffic(plan), _time(plan), _scaling(scaled), summary(plan)
+    for piece in pieces:
         console.print(piece)
 
 
@@ -85,13 +86,45 @@ def _memory(plan: Plan) -> Table:
 
 def _traffic(plan: Plan) -> Table:
     job = plan.job
-    table = _table(
-        "\nSent in a step, GB", "", "payload", "times", "a GPU in its node", "a GPU out of it", "a node", "s"
-    )
+    heads = ["payload", "times", "in its node", "out of it", "a node", "rounds", "latency, s", "s"]
+    table = _table("\nSent in a step, GB of a GPU", "", *heads)
     for exchange in plan.exchanges:
         intra, inter = exchange.sent(job.nodes, job.slots) if exchange.group not in ("host", "disk") else (0.0, 0.0)
         numbers = [exchange.payload / 1e9, exchange.times, intra / 1e9, inter / 1e9, inter * job.slots / 1e9]
-        table.add_row(exchange.name, *(f"{n:,.3g}" for n in numbers), f"{exchange.seconds(job, plan.machine):.3g}")
+        numbers += [exchange.rounds, exchange.waiting(job, plan.machine), exchange.seconds(job, plan.machine)]
+        table.add_row(exchange.name, *(f"{n:,.3g}" for n in numbers))
+    return table
+
+
+def scale_of(plan: Plan) -> dict[str, float]:
+    """A number of nodes, what a rank has to do there, and how long it takes."""
+    low_s, high_s = plan.pace.bounds_s
+    return {
+        "nodes": plan.job.nodes,
+        "ranks": plan.job.num_ranks,
+        "micro_batches": plan.job.accumulation,
+        "device_gib": plan.device_gib,
+        "compute_s": plan.pace.compute_s,
+        "exchange_s": plan.pace.exchange_s,
+        "latency_s": sum(exchange.waiting(plan.job, plan.machine) for exchange in plan.exchanges),
+        "low_s": low_s,
+        "high_s": high_s,
+        "tokens_per_s": plan.tokens / high_s,
+    }
+
+
+def _scaling(plans: list[Plan]) -> Table:
+    """Efficiency is of the slower bound: tokens of a rank and second, over those on the fewest nodes."""
+    heads = ["ranks", "micro-batches", "GiB", "operations, s", "exchanges, s", "latency, s", "a step, s", "tokens/s"]
+    table = _table("\nThe same run on other numbers of nodes", "nodes", *heads, "efficiency")
+    scales = [scale_of(plan) for plan in plans]
+    for scale in scales:
+        times = [f"{scale[name]:.3g}" for name in ("compute_s", "exchange_s", "latency_s")]
+        step = "{low_s:.3g} to {high_s:.3g}".format(**scale)
+        each = [row["tokens_per_s"] / row["ranks"] for row in (scale, scales[0])]
+        sizes = [f"{scale['ranks']}", f"{scale['micro_batches']}", f"{scale['device_gib']:.1f}"]
+        pace = f"{scale['tokens_per_s']:,.0f}", f"{each[0] / each[1]:.0%}"
+        table.add_row(f"{scale['nodes']}", *sizes, *times, step, *pace)
     return table
 
 
@@ -109,7 +142,8 @@ def _time(plan: Plan) -> str:
         f"One pass through {plan.recordings.name} ({plan.recordings.num_windows:,} windows{unit_hours}): "
         f"{plan.steps_of_a_pass:,.1f} steps, {_days(plan.days(plan.steps_of_a_pass))}",
         f"Assumed: {machine.peak_tflops:g} TFLOP/s x {machine.mfu:.0%}, {machine.bandwidth_intra:g} GB/s in a node, "
-        f"{machine.bandwidth_inter:g} GB/s out of it for each GPU; eager operations (compiled ones hold less)",
+        f"{machine.bandwidth_inter:g} GB/s out of it for each GPU; {machine.latency_intra:g} and "
+        f"{machine.latency_inter:g} us a message; eager operations (compiled ones hold less)",
     ]
     return "\n".join(lines)
 

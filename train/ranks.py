@@ -1,7 +1,7 @@
-"""The processes of one launch: start them, watch them, pass signals on, name the first that fails, end all of them.
+"""The ranks of this host: start them, say what becomes of them, pass signals on, end them with all their helpers.
 
-In:  a command, an environment and a log for each process.
-Out: an exit code, what the first process says on our stdout, and the last lines of the one that failed on stderr.
+In:  a `Task`. Out: events (train/events.py): exits with last lines, beats, what rank 0 writes, stacks that were asked
+for. The launcher has one for this machine; on other hosts an agent has it.
 """
 
 from __future__ import annotations
@@ -11,30 +11,23 @@ import contextlib
 import ctypes
 import os
 import queue
-import re
 import signal
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType
 
-from train.exit_codes import HUNG, STOPPED
-from train.watchdog import Watchdog, explain
+from train import leftovers
+from train.events import Event, Exit, Looked, Output, Pulse
+from train.heartbeat import PULSE_S, beat_path, first_beat, read_beat
+from train.rank_environment import Task, rank_environment
+from train.stacks import is_stopped, stands
 
 KILL_GRACE_S = 5.0  # between SIGTERM and SIGKILL, after a rank has failed
-RUNNER_GRACE_S = 40.0  # the same for DeepSpeed's runner, which gives its ranks 30 s
-STOP_GRACE_S = 120.0  # the same after a signal to the launcher: long enough to save a checkpoint
-SETTLE_S = 0.5  # ranks that fail this soon after the first may be its victims or its cause
 NUM_LAST_LINES = 25
-# What a healthy rank says when a peer has gone: such a rank is a victim, another one the cause.
-_VICTIM = re.compile(
-    r"Connection (closed|reset) by peer|Broken pipe|remote process exited|Connection refused|rank 0 does not answer"
-)
-_STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 class LaunchError(ValueError):
@@ -43,21 +36,97 @@ class LaunchError(ValueError):
 
 @dataclass(frozen=True)
 class Started:
-    """A process that was started: its name in messages, its log, and where this run begins in the log."""
+    """A process that was started: its rank, its log, and where this run begins in the log."""
 
-    name: str
+    rank: int
     process: subprocess.Popen[bytes]
     log: Path
     log_start: int
-    is_runner: bool = False  # DeepSpeed's runner: it ends the ranks on other hosts if it gets SIGTERM and the time
 
 
-_Exit = tuple[Started, int]  # with its return code
-_Exits = queue.SimpleQueue[_Exit]
+class Ranks:
+    """One host's processes, which die with the thread that started them."""
+
+    name = ""  # of the host, in messages; this machine needs none
+
+    def __init__(self, task: Task, env: Mapping[str, str]) -> None:
+        """Start them. `env`: what they have besides the task's. Raises LaunchError; then none is left."""
+        self._task, self.ranks = task, task.ranks
+        self._exits = queue.SimpleQueue[tuple[Started, int]]()
+        self._answers, self._pulsed_s = list[Event](), 0.0
+        log_dir = Path(task.log_dir)
+        log_dir.mkdir(parents=True, exist_ok=True)
+        for rank in task.ranks:  # of one that was killed
+            beat_path(log_dir, rank).unlink(missing_ok=True)
+        self._started = list[Started]()
+        try:
+            for rank in task.ranks:
+                rank_env = rank_environment(task, rank, {**env, **task.env})
+                self._started.append(start(rank, task.command, log_dir / f"rank-{rank:05d}.log", rank_env))
+        except BaseException:
+            self.terminate()
+            self.finish()
+            raise
+        # One waiting thread each: the queue then holds the exits in the order in which they happened.
+        for one in self._started:
+            threading.Thread(target=self._wait, args=(one,), daemon=True).start()
+        self._follower = _Follower(self._started[0]) if task.first_rank == 0 else None
+
+    def _wait(self, one: Started) -> None:
+        self._exits.put((one, one.process.wait()))
+
+    def poll(self) -> list[Event]:
+        """What has happened since the last call; to be called often."""
+        events, self._answers = self._answers, []
+        exits = []
+        while not self._exits.empty():
+            one, code = self._exits.get()
+            exits.append(Exit(one.rank, code, last_lines(one), str(one.log)))
+        if self._follower is not None and (text := self._follower.read()):
+            events.append(Output(text))
+        if time.monotonic() - self._pulsed_s > PULSE_S:
+            self._pulsed_s = time.monotonic()
+            events.append(self._pulse())
+        return [*events, *exits]
+
+    def _pulse(self) -> Pulse:
+        found = (read_beat(beat_path(Path(self._task.log_dir), rank)) for rank in self.ranks)
+        beats = {beat.rank: beat for beat in found if beat is not None}
+        stopped = {one.rank: one.process.pid for one in self._started if is_stopped(one.process.pid)}
+        for rank, pid in stopped.items():  # also of one that does not beat yet
+            beats.setdefault(rank, first_beat(rank, pid))
+        return Pulse([*beats.values()], [*stopped])
+
+    def send_signal(self, number: int) -> None:
+        """To the ranks themselves; their helpers are theirs to end."""
+        for one in self._started:
+            one.process.send_signal(number)
+
+    def look(self, ranks: Sequence[int]) -> None:
+        """Find out where some ranks stand; `poll` has the answer."""
+        logs = {one.process.pid: one.log for one in self._started}
+        beats = [beat for beat in self._pulse().beats if beat.rank in ranks and beat.pid in logs]
+        self._answers.append(Looked(stands(beats, logs)))
+
+    def terminate(self) -> None:
+        """SIGTERM to all that are left."""
+        for one in self._started:
+            one.process.terminate()
+        self._deadline_s = time.monotonic() + KILL_GRACE_S
+
+    def finish(self) -> None:
+        """After `terminate`, some seconds later, SIGKILL to the whole group of each, so that helpers go as well."""
+        for one in self._started:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                one.process.wait(max(0.0, self._deadline_s - time.monotonic()))
+            with contextlib.suppress(ProcessLookupError, PermissionError):  # nobody is left; macOS says the latter
+                os.killpg(one.process.pid, signal.SIGKILL)
+            one.process.wait()
+        leftovers.clear_shared_memory(self._task.address, self._task.port)
 
 
-def start(name: str, command: list[str], log: Path, env: Mapping[str, str], is_runner: bool = False) -> Started:
-    """Start a process in a group of its own, its output appended to `log`; it dies with us. Raises LaunchError."""
+def start(rank: int, command: list[str], log: Path, env: Mapping[str, str]) -> Started:
+    """Start a rank in a group of its own, its output appended to `log`; it dies with us. Raises LaunchError."""
     # Appended: the log of the run that failed is what a restart is about to need.
     with open(log, "ab") as file:
         try:
@@ -68,173 +137,69 @@ def start(name: str, command: list[str], log: Path, env: Mapping[str, str], is_r
                 stderr=subprocess.STDOUT,
                 env=dict(env),
                 process_group=0,
-                preexec_fn=_die_with_parent(signal.SIGTERM if is_runner else signal.SIGKILL),
+                preexec_fn=_in_rank(),
             )
         except OSError as error:
             raise LaunchError(
-                f"launch: {name} cannot start {command[0]!r}: {error.strerror}; expected a program. Check the command."
+                f"launch: rank {rank} cannot start {command[0]!r}: {error.strerror}; expected a program. Check the "
+                "command."
             ) from None
-        return Started(name, process, log, file.tell(), is_runner)
+        return Started(rank, process, log, file.tell())
 
 
-def _die_with_parent(number: int) -> Callable[[], None] | None:
-    """Linux: the kernel sends `number` to a rank when the launcher's thread that started it ends, however it ends."""
+def _in_rank() -> Callable[[], None]:
+    """A rank that is asked to save before it can (its imports take seconds) does so as soon as it can: it unblocks."""
+    die = die_with_parent()
+
+    def in_child() -> None:
+        signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGUSR1])
+        if die is not None:
+            die()
+
+    return in_child
+
+
+def die_with_parent() -> Callable[[], None] | None:
+    """Linux: the kernel kills a process when the thread of ours that started it ends, however it ends."""
     if sys.platform != "linux":
         return None
     libc = ctypes.CDLL(None)  # loaded before the fork, where little is safe
     parent = os.getpid()
 
     def in_child() -> None:
-        libc.prctl(1, number)  # 1 is PR_SET_PDEATHSIG
+        libc.prctl(1, signal.SIGKILL)  # 1 is PR_SET_PDEATHSIG
         if os.getppid() != parent:  # the parent died before the call
             os._exit(1)
 
     return in_child
 
 
-class Signals:
-    """While open, signals to this process are noted instead of acted on; the watching loop passes them on."""
-
-    def __init__(self) -> None:
-        self.stop: int | None = None
-        self.num_stops = 0
-        self.waiting: list[int] = []
-        self._before: dict[signal.Signals, object] = {}
-
-    def __enter__(self) -> Signals:
-        if threading.current_thread() is threading.main_thread():  # elsewhere Python allows no handlers
-            for number in (*_STOP_SIGNALS, signal.SIGUSR1):
-                if number is not signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:  # respect nohup
-                    self._before[number] = signal.signal(number, self._note)
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)  # type: ignore[arg-type]  # what signal.signal gave back, it takes
-
-    def _note(self, number: int, frame: FrameType | None) -> None:
-        self.waiting.append(number)
-        if number in _STOP_SIGNALS:
-            self.stop = self.stop or number
-            self.num_stops += 1
-
-    def pass_on(self, started: list[Started]) -> None:
-        """Send each noted signal to the ranks themselves; their helpers are theirs to end."""
-        while self.waiting:
-            number = self.waiting.pop(0)
-            say(f"launch: {signal.Signals(number).name}, passed on to {len(started)} process(es)")
-            for one in started:
-                if not one.is_runner:
-                    one.process.send_signal(number)
-                elif number in _STOP_SIGNALS:  # others would kill the runner and leave its ranks
-                    one.process.terminate()
-
-
 class _Follower:
-    """Copies what is appended to a log to our stdout."""
+    """Reads what is appended to a log."""
 
     def __init__(self, started: Started) -> None:
         self._log = started.log
         self._offset = started.log_start
         self._decode = codecs.getincrementaldecoder("utf-8")("replace").decode
 
-    def copy(self) -> None:
-        # No log any more, or nobody who reads our stdout (`| head`): no reason to end a run.
-        with contextlib.suppress(OSError), open(self._log, "rb") as file:
+    def read(self) -> str:
+        with contextlib.suppress(OSError), open(self._log, "rb") as file:  # no log any more: no reason to end a run
             file.seek(self._offset)
-            if new := file.read():
-                self._offset += len(new)
-                sys.stdout.write(self._decode(new))
-                sys.stdout.flush()
+            new = file.read()
+            self._offset += len(new)
+            return self._decode(new)
+        return ""
 
 
-def supervise(started: list[Started], signals: Signals, watchdog: Watchdog) -> int:
-    """Watch until all have ended, one has failed or hangs; return the exit code of the launch."""
-    exits: _Exits = queue.SimpleQueue()
-    # One waiting thread each: the queue then holds the exits in the order in which they happened.
-    for one in started:
-        threading.Thread(target=lambda one=one: exits.put((one, one.process.wait())), daemon=True).start()
-    follower = _Follower(started[0])
-    codes, deadline = list[int](), float("inf")
-    while len(codes) < len(started):
-        signals.pass_on(started)
-        if signals.stop is not None:
-            deadline = min(deadline, time.monotonic() + STOP_GRACE_S)
-            if signals.num_stops > 1 or time.monotonic() > deadline:
-                break
-        exited = _next_exit(exits, 0.1)
-        follower.copy()
-        if exited is None:
-            if late := watchdog.late():
-                say(explain(late, {one.process.pid: one.log for one in started}))
-                return HUNG
-            continue
-        codes.append(exited[1])
-        if exited[1] not in (0, STOPPED) and signals.stop is None:
-            return _report(_first_failure(exited, exits), started, follower)
-    follower.copy()
-    if signals.stop is not None and codes != [STOPPED] * len(started):
-        return 128 + signals.stop
-    return max(codes)
-
-
-def _next_exit(exits: _Exits, timeout_s: float) -> _Exit | None:
-    try:
-        return exits.get(timeout=timeout_s)
-    except queue.Empty:
-        return None
-
-
-def _first_failure(first: _Exit, exits: _Exits) -> _Exit:
-    """The first rank that failed, unless it only complains of a lost peer and another failed at the same time."""
-    failures = [first]
-    deadline = time.monotonic() + SETTLE_S
-    while (left_s := deadline - time.monotonic()) > 0:
-        if (exited := _next_exit(exits, left_s)) and exited[1] not in (0, STOPPED):
-            failures.append(exited)
-    causes = [failure for failure in failures if not _VICTIM.search(_last_lines(failure[0]))]
-    return (causes or failures)[0]
-
-
-def _report(failure: _Exit, started: list[Started], follower: _Follower) -> int:
-    end(started)
-    follower.copy()
-    one, code = failure
-    lines = _last_lines(one).replace("\n", "\n  | ")
-    others = f" of {len(started)} failed first and the others were stopped" if len(started) > 1 else " failed"
-    say(f"launch: {one.name}{others}: {_describe(code)}. Its last lines ({one.log}):\n  | {lines}")
-    return code if code > 0 else 128 - code
-
-
-def _describe(code: int) -> str:
-    if code >= 0:
-        return f"exit code {code}"
-    hint = " (out of memory? see `dmesg`)" if -code == signal.SIGKILL else ""
-    return f"signal {signal.Signals(-code).name}{hint}"
-
-
-def _last_lines(one: Started) -> str:
+def last_lines(one: Started) -> str:
     """The last traceback in this run's part of the log, or the last lines."""
-    with open(one.log, "rb") as file:
+    with contextlib.suppress(OSError), open(one.log, "rb") as file:
         size = file.seek(0, os.SEEK_END)
         file.seek(max(one.log_start, size - 65536))
         lines = file.read().decode(errors="replace").rstrip().splitlines()
-    tracebacks = [index for index, line in enumerate(lines) if "Traceback (most recent call last)" in line]
-    return "\n".join(lines[tracebacks[-1] if tracebacks else 0 :][-NUM_LAST_LINES:])
-
-
-def end(started: list[Started]) -> None:
-    """SIGTERM, some seconds, then SIGKILL to the whole group of each process, so that its helpers go as well."""
-    for one in started:
-        one.process.terminate()
-    start = time.monotonic()
-    for one in started:
-        deadline = start + (RUNNER_GRACE_S if one.is_runner else KILL_GRACE_S)
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            one.process.wait(max(0.0, deadline - time.monotonic()))
-        with contextlib.suppress(ProcessLookupError, PermissionError):  # nobody is left; macOS says the latter
-            os.killpg(one.process.pid, signal.SIGKILL)
-        one.process.wait()
+        tracebacks = [index for index, line in enumerate(lines) if "Traceback (most recent call last)" in line]
+        return "\n".join(lines[tracebacks[-1] if tracebacks else 0 :][-NUM_LAST_LINES:])
+    return "(its log cannot be read)"
 
 
 def say(message: str) -> None:

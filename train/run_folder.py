@@ -12,9 +12,9 @@ from typing import Any
 
 from prep.settings import ConfigError
 from train import config
+from train.incident_log import INCIDENTS
 from train.metrics import METRICS, VALIDATION, Row, task_name
 
-INCIDENTS = "incidents.jsonl"
 PHASES = ("data_wait", "forward", "backward", "communication", "optimizer", "other")
 
 
@@ -51,6 +51,12 @@ class Growing:
         self._offset += len(whole)
         self._rows += [json.loads(line) for line in whole.splitlines()]
         return self._rows
+
+
+def sealed_step(run_dir: Path) -> int:
+    """The step of the newest checkpoint that has a seal; 0 where there is none."""
+    seals = (run_dir / "checkpoints").glob("step-*/manifest.json")
+    return max((int(seal.parent.name.split("-")[1]) for seal in seals), default=0)
 
 
 class RunFolder:

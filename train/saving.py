@@ -124,9 +124,11 @@ def write_files(folder: Path, files: Files, done: str) -> None:
 def collect(folder: Path, num_ranks: int) -> dict[str, Any]:
     """Wait for all ranks, and return what they say of their files.
 
-    No limit of time: a rank that cannot write ends the run, and with it this thread.
+    No limit of time: a rank that cannot write ends the run, and with it this thread. Each rank by its name: one of an
+    earlier launch, on a host that was frozen and goes on, may still write here.
     """
-    while len(done := [*folder.glob("rank-*.done")]) < num_ranks:
+    done = [folder / f"rank-{rank:05d}.done" for rank in range(num_ranks)]
+    while not all(path.exists() for path in done):
         time.sleep(LOOK_EVERY_S)
     entries = {}
     for path in done:

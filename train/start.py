@@ -14,7 +14,9 @@ from pathlib import Path
 from prep.settings import ConfigError
 from prep.store import Store
 from train import config, hostfile, launch
+from train.healing import Healing, Terms
 from train.mixing import session_weights
+from train.supervise import Signals
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -33,6 +35,15 @@ def configure(parser: argparse.ArgumentParser) -> None:
         metavar="RUN_DIR[/checkpoints/step-N]",
         help="a new run that goes on from another's checkpoint and decays over train.decay_steps (train.schedule=wsd)",
     )
+    parser.add_argument(
+        "--nodes", type=int, help="use the first NODES hosts of the hostfile that answer; the others are spares (all)"
+    )
+    parser.add_argument(
+        "--max-restarts",
+        type=int,
+        default=3,
+        help="over several hosts: restarts by itself, without a new checkpoint in between (%(default)s)",
+    )
     parser.add_argument("--dry-run", action="store_true", help="print what would run where, and stop")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="for instance train.num_steps=100")
 
@@ -41,18 +52,39 @@ def main(args: argparse.Namespace) -> int:
     """Check everything that can be checked before a rank is started, then launch."""
     hosts = hostfile.read(args.hostfile) if args.dry_run else hostfile.read_for_run(args.hostfile, os.environ)
     run = config.load(args.config, args.overrides)
-    config.deepspeed_config(run, sum(host.slots for host in hosts))
+    used = hosts if args.nodes is None else hosts[: args.nodes]
+    if len(used) != (args.nodes or len(hosts)):
+        raise ConfigError(
+            f"--nodes {args.nodes}, but {args.hostfile} has {len(hosts)} host(s). Give 1 to {len(hosts)}."
+        )
+    config.deepspeed_config(run, sum(host.slots for host in used))
     store = Store(args.store)
     if not store.entries:
         raise ConfigError(f"{args.store} holds no session. Ingest recordings first: make prep SRC=… OUT={args.store}")
     session_weights(store.entries, run.data.weights)
-    command = [sys.executable, "-m", "train", "worker", "--out", str(args.out.resolve()), "--resume", args.resume]
+    resume = "must" if args.resume == "must" else "auto"  # never: `prepare` refuses checkpoints, but a restart has some
+    command = [sys.executable, "-m", "train", "worker", "--out", str(args.out.resolve()), "--resume", resume]
     if args.dry_run:
-        print(launch.plan(hosts, command, args.out / "logs", os.environ))
+        print(launch.plan(used, command, args.out / "logs", os.environ))
+        print("".join(f"spare: {host.name}\n" for host in hosts[len(used) :]), end="")
         return 0
     run, origin = branch(run, args.origin, args.out) if args.origin else (run, None)
     prepare(run, store, args.out, args.resume, origin)
-    return launch.launch(hosts, command, args.out / "logs", os.environ)
+    if len(hosts) == 1:
+        return launch.launch(hosts, command, args.out / "logs", os.environ)
+    terms = Terms(num_nodes=len(used), max_restarts=args.max_restarts, fits=lambda ranks: fits(run, ranks))
+    with Signals() as signals:
+        launcher = launch.Launcher(command, args.out / "logs", os.environ, signals)
+        return Healing(hosts, terms, args.out, launcher, signals).run()
+
+
+def fits(run: config.RunConfig, num_ranks: int) -> bool:
+    """May a run have this number of ranks, with its global batch as it is?"""
+    try:
+        config.deepspeed_config(run, num_ranks)
+    except ConfigError:
+        return False
+    return True
 
 
 def branch(run: config.RunConfig, start: Path, out: Path) -> tuple[config.RunConfig, Path]:

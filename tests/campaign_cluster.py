@@ -1,0 +1,379 @@
+"""The fault campaign of several hosts: one is cut off, frozen, killed, starved at a random moment; the run goes on.
+
+In: how many runs, a folder to work in. Out: one row per run, appended to tests/bench/CAMPAIGN_cluster.jsonl, and a
+summary in CAMPAIGN_cluster.md. Three hosts in namespaces of this machine, a rank on each; a campaign that is started
+again goes on. The number of a run gives its fault, host and moment.
+"""
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+
+import numpy as np
+from campaign import below, cmdline, is_alive, wait
+from hosts_on_one_machine import LOGIN, Hosts, hosts
+from train_builders import losses, prepare_run, rank_environment, tiny_run, tiny_store, train_ranks
+
+from train import hostfile
+from train.hostfile import Host
+from train.rank_environment import extensions_dir
+from train.run_folder import sealed_step
+
+ROOT = Path(__file__).parent.parent
+TABLE = ROOT / "tests" / "bench" / "CAMPAIGN_cluster.jsonl"
+SEED = 20261129
+NAMES = ("n1", "n2", "n3")
+NUM_STEPS, SAVE_EVERY = 30, 4
+NAMED_S, LEAVING_S, PATIENCE_S = 15.0, 25.0, 400.0
+MAX_ERROR = 1e-5  # of a loss: other numbers of ranks add in another order
+# Fault: what must be said on stderr, with {host} for where it happened; and the exit code, None for any but 0.
+FAULTS: dict[str, tuple[str, int | None]] = {
+    "network cut": (r"{host} \(rank . of 3\) is lost: no pulse of its agent for \d+ s", 0),
+    "sshd gone": (r"{host} \(rank . of 3\) is lost: its agent has gone without a word \(ssh ended with 255", 0),
+    "rank killed": (r"rank . of 3 on {host} failed first .*: signal SIGKILL", 0),
+    "rank stopped": (r"rank . is late: .*its process is stopped \(state T\) \(process \d+ on {host}\)", 0),
+    "agent killed": (r"{host} \(rank . of 3\) is lost: its agent has gone without a word", 0),
+    "host frozen": (r"{host} \(rank . of 3\) is lost: no pulse of its agent for \d+ s", 0),
+    "launcher killed": ("", None),
+    "disk full": (r"(?s)rank . of 3 on {host} failed first .*cannot be written: .*No space left on device", 2),
+    "wrong Python": (r"{host} \(its agent does not start \(ssh ended with 1: this is another Python", 0),
+    "stale lock": (r"{host}: removed .*/deepspeed_shm_comm/lock: a build that was killed left it", 0),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """What became of one run."""
+
+    number: int
+    fault: str
+    host: str
+    step: int  # that was done when it came; -1: the ranks were only starting
+    named_s: float | None  # until the message; None: there was none
+    said: str
+    first_code: int | None  # exit code of the run that the fault met; None: it hung and was ended
+    first_s: float
+    went_on: list[str]  # the hosts of the last launch of it that went on by itself
+    from_step: int  # of the checkpoint that they began with
+    incidents: int
+    rerun_code: int | None  # of the same command after that; None: it was not needed
+    rerun_s: float
+    error: float  # the largest difference of a loss from the run that nothing disturbed; -1: steps are missing
+    nobody_left: bool
+    gone_s: float  # until that was so, once the run had ended (and the host was no longer frozen)
+
+    @property
+    def is_sound(self) -> bool:
+        """Whether it was named in time, healed where it can be, and ended like the undisturbed run."""
+        code = FAULTS[self.fault][1]
+        is_named = self.fault == "launcher killed" or (self.named_s is not None and self.named_s <= self.patience_s)
+        if code == 0:
+            ended = self.first_code == 0 and bool(self.went_on) and self.incidents > 0
+        else:
+            ended = self.first_code not in (0, None) and code in (None, self.first_code) and self.rerun_code == 0
+        return is_named and ended and self.nobody_left and 0 <= self.error <= MAX_ERROR
+
+    @property
+    def patience_s(self) -> float:
+        """What follows a fault is named when it is met: a host's Python and locks once the run starts again."""
+        return 3 * NAMED_S if self.fault in ("wrong Python", "stale lock") else NAMED_S
+
+
+@dataclass(frozen=True)
+class Fault:
+    """What happens to a run, and when."""
+
+    kind: str
+    host: str
+    step: int  # -1: while the ranks start
+    after_s: float
+
+    @classmethod
+    def of(cls, number: int) -> "Fault":
+        """The fault of a run: a function of its number."""
+        rng = np.random.default_rng([SEED, number])
+        step = -1 if rng.random() < 0.2 else int(rng.integers(NUM_STEPS * 2 // 3))
+        kind, host = [*FAULTS][number % len(FAULTS)], NAMES[(number + number // len(FAULTS)) % len(NAMES)]
+        return cls(kind, host, step, float(rng.uniform(0, 8.0 if step < 0 else 0.5)))
+
+
+@dataclass
+class Place:
+    """Three hosts, a run on them, and what was done to a host, which can be undone."""
+
+    made: Hosts
+    work: Path
+    out: Path
+    env: dict[str, str] = field(repr=False)
+
+    def ours(self, name: str) -> list[int]:
+        """Agents and ranks of a host, and the launcher on the login host; none that has ended."""
+        words = (b"agent", b"worker", b"train")
+        commands = {pid: cmdline(pid).split(b"\0")[1:4] for pid in self.all_of(name)}
+        return [
+            pid for pid, argv in commands.items() if argv[:2] == [b"-m", b"train"] and argv[2:] and argv[2] in words
+        ]
+
+    def all_of(self, name: str) -> list[int]:
+        return [pid for pid in below(self.made.fronts[name]) if is_alive(pid)]
+
+    def of_kind(self, name: str, word: bytes) -> list[int]:
+        return [pid for pid in self.ours(name) if cmdline(pid).split(b"\0")[3] == word]
+
+    def strike(self, fault: Fault, launcher: int) -> None:
+        """Let it happen."""
+        host, kind = fault.host, fault.kind
+        if kind == "network cut":
+            self.made.cut(host)
+        elif kind == "sshd gone":
+            sessions = [pid for pid in self.all_of(host) if b"sshd" in cmdline(pid)][1:]
+            send(sessions, signal.SIGKILL)
+        elif kind == "host frozen":
+            send(self.all_of(host), signal.SIGSTOP)
+        elif kind == "launcher killed":
+            send([launcher], signal.SIGKILL)
+        elif kind == "disk full":
+            folder = self.out / "checkpoints"
+            folder.mkdir(exist_ok=True)
+            self.made.inside(host, "mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(folder))
+        elif kind == "agent killed":
+            send(self.of_kind(host, b"agent"), signal.SIGKILL)
+        elif kind == "wrong Python":
+            self.made.inside(host, "mount", "--bind", str(wrong_python(self.work)), os.path.realpath(sys.executable))
+            send(self.of_kind(host, b"agent"), signal.SIGKILL)
+        else:
+            if kind == "stale lock":
+                self.made.inside(
+                    host, "mount", "--bind", str(locked(self.work, self.env)), str(extensions_dir(self.env))
+                )
+            send(self.of_kind(host, b"worker"), signal.SIGSTOP if kind == "rank stopped" else signal.SIGKILL)
+
+    def undo(self, fault: Fault) -> None:
+        """The host as it was."""
+        host, kind = fault.host, fault.kind
+        if kind == "network cut":
+            self.made.mend(host)
+        elif kind == "host frozen":
+            send([*below(self.made.fronts[host])], signal.SIGCONT)
+        mounts = {
+            "disk full": self.out / "checkpoints",
+            "wrong Python": os.path.realpath(sys.executable),
+            "stale lock": extensions_dir(self.env),
+        }
+        if kind in mounts:
+            self.made.inside(host, "umount", "--lazy", str(mounts[kind]))
+
+
+def send(pids: Sequence[int], number: int) -> None:
+    """A signal to processes that are there."""
+    for pid in pids:
+        os.kill(pid, number)
+
+
+def wrong_python(work: Path) -> Path:
+    """What stands in the place of Python where that is another one."""
+    path = work / "wrong-python"
+    path.write_text('#!/bin/sh\necho "this is another Python: No module named train" >&2\nexit 1\n')
+    path.chmod(0o755)
+    return path
+
+
+def locked(work: Path, env: dict[str, str]) -> Path:
+    """A folder of compiled ops as a build that was killed leaves it."""
+    path = work / "locked"
+    if not path.exists():
+        shutil.copytree(extensions_dir(env), path)
+    (path / "deepspeed_shm_comm").mkdir(exist_ok=True)
+    lock = path / "deepspeed_shm_comm" / "lock"
+    lock.touch()
+    os.utime(lock, (1e9, 1e9))
+    return path
+
+
+def prepared(work: Path, name: str) -> Path:
+    """A run folder whose global batch three, two and one ranks can share."""
+    run = replace(
+        tiny_run(num_steps=NUM_STEPS, global_batch_size=6, micro_batch_size=1),
+        checkpoint_every=SAVE_EVERY,
+        log_every=1,
+    )
+    out = prepare_run(work / name, tiny_store(work), run)
+    run.save(work / "run.yaml")
+    return out
+
+
+def undisturbed(work: Path) -> list[float]:
+    """The losses of the run on one host that nothing disturbs."""
+    out = prepared(work, "truth")
+    assert train_ranks(out, slots=2) == 0
+    return losses(out)
+
+
+def start(place: Place, log: Path) -> "subprocess.Popen[bytes]":
+    """`python -m train train` on the login host."""
+    path = place.work / "cluster"
+    hostfile.write(path, [Host(name, 1) for name in NAMES], "campaign")
+    words = ["--config", place.work / "run.yaml", "--store", place.work / "tiny-store", "--out", place.out]
+    command = [sys.executable, "-m", "train", "train", *map(str, words), "--hostfile", str(path)]
+    with open(log, "ab") as file:
+        return subprocess.Popen(
+            place.made.words(LOGIN, command),
+            cwd=ROOT,
+            env=place.env,
+            stdout=file,
+            stderr=file,
+            stdin=subprocess.DEVNULL,
+        )
+
+
+def ended(process: "subprocess.Popen[bytes]") -> int | None:
+    """The exit code; None where it had to be killed."""
+    try:
+        return process.wait(PATIENCE_S)
+    except subprocess.TimeoutExpired:
+        process.kill()  # with --kill-child: all that it has started here
+        process.wait()
+        return None
+
+
+def num_done(out: Path) -> int:
+    """Steps that were done."""
+    rows = out / "metrics.jsonl"
+    return rows.read_text().count("\n") if rows.exists() else 0
+
+
+def one_run(number: int, made: Hosts, work: Path, truth: list[float]) -> Row:
+    """Disturb a run, see it heal or start it again, and compare."""
+    fault, log = Fault.of(number), work / f"run{number}.log"
+    env = {**rank_environment(), "DS_ACCELERATOR": "cpu"}
+    place = Place(made, work, prepared(work, f"run{number}"), env)
+    log.write_bytes(b"")
+    began_s = time.monotonic()
+    process = start(place, log)
+    is_due = (
+        (lambda: "they meet at" in log.read_text()) if fault.step < 0 else (lambda: num_done(place.out) > fault.step)
+    )
+    assert wait(lambda: process.poll() is not None or is_due(), PATIENCE_S) and process.poll() is None, log.read_text()
+    wait(lambda: fault.step >= 0 or bool(place.of_kind(fault.host, b"worker")))
+    time.sleep(fault.after_s)
+    [launcher] = [pid for pid in below(process.pid) if cmdline(pid).split(b"\0")[1:4] == [b"-m", b"train", b"train"]]
+    everybody = {launcher, *(pid for name in NAMES for pid in place.ours(name))}
+    step = num_done(place.out) - 1
+    struck_s = time.monotonic()
+    place.strike(fault, launcher)
+    pattern = FAULTS[fault.kind][0].format(host=fault.host)
+    found: list[re.Match[str]] = []
+    wait(lambda: bool(pattern and found.extend(re.finditer(pattern, log.read_text()))) or bool(found) or
+         process.poll() is not None, PATIENCE_S)  # fmt: skip
+    named_s = round(time.monotonic() - struck_s, 1) if found else None
+    code = ended(process)
+    first_s = time.monotonic() - began_s
+    if fault.kind == "host frozen":
+        place.undo(fault)
+    began_s = time.monotonic()
+    nobody_left = left_none(place, everybody)
+    gone_s = time.monotonic() - began_s
+    if fault.kind != "host frozen":
+        place.undo(fault)
+    sealed = sealed_step(place.out)
+    incidents = [json.loads(line) for line in lines_of(place.out / "incidents.jsonl")]
+    rerun_code, rerun_s = None, 0.0
+    if code != 0:
+        began_s = time.monotonic()
+        rerun_code = ended(start(place, log))
+        rerun_s = time.monotonic() - began_s
+        nobody_left = nobody_left and left_none(place, set())
+    done = num_done(place.out)
+    errors = [abs(a - b) for a, b in zip(losses(place.out), truth, strict=True)] if done == NUM_STEPS else [-1.0]
+    row = Row(
+        number=number, fault=fault.kind, host=fault.host, step=step, named_s=named_s,
+        said=found[0].group(0).splitlines()[0] if found else log.read_text()[-300:], first_code=code,
+        first_s=round(first_s, 1), went_on=incidents[-1]["went_on"] if incidents else [],
+        from_step=incidents[-1]["from_step"] if incidents else sealed, incidents=len(incidents),
+        rerun_code=rerun_code, rerun_s=round(rerun_s, 1), error=max(errors), nobody_left=nobody_left,
+        gone_s=round(gone_s, 1),
+    )  # fmt: skip
+    if row.is_sound:
+        shutil.rmtree(place.out)  # what is not sound stays, to be looked at
+    return row
+
+
+def left_none(place: Place, everybody: set[int]) -> bool:
+    """Whether all that the run had, on any host, is gone within LEAVING_S."""
+
+    def is_empty() -> bool:
+        return not any(map(is_alive, everybody)) and not any(place.ours(name) for name in NAMES)
+
+    return wait(is_empty, LEAVING_S)
+
+
+def lines_of(path: Path) -> list[str]:
+    return path.read_text().splitlines() if path.exists() else []
+
+
+def rows_of(table: Path) -> list[Row]:
+    """What earlier campaigns have found."""
+    return [Row(**json.loads(line)) for line in lines_of(table)]
+
+
+def seconds(value: float | None) -> str:
+    return "-" if value is None else f"{value:.1f} s"
+
+
+def summary(rows: Sequence[Row]) -> str:
+    """The table for people."""
+    lines = ["# Faults of one host of three", "",
+             f"{sum(row.is_sound for row in rows)} of {len(rows)} runs were sound: the fault was named within "
+             f"{NAMED_S:g} s ({3 * NAMED_S:g} s where it shows at the next start alone), nothing was left running on "
+             "any host, and all losses are within 1e-5 of a run that nothing disturbed, after the run had healed "
+             "itself or, where it cannot, after the same command.", "",
+             "| fault | runs | sound | named after (slowest) | nothing left after | exit codes | slowest run, healed | "
+             "slowest rerun |",
+             "|---|---|---|---|---|---|---|---|"]  # fmt: skip
+    for kind in FAULTS:
+        if mine := [row for row in rows if row.fault == kind]:
+            named = seconds(max((row.named_s for row in mine if row.named_s is not None), default=None))
+            codes = ", ".join(sorted({"hung" if row.first_code is None else str(row.first_code) for row in mine}))
+            slowest = f"{max(row.first_s for row in mine):.0f} s | {max(row.rerun_s for row in mine):.0f} s"
+            sound = sum(row.is_sound for row in mine)
+            gone = seconds(max(row.gone_s for row in mine))
+            lines.append(f"| {kind} | {len(mine)} | {sound} | {named} | {gone} | {codes} | {slowest} |")
+    lines += ["", "| run | fault | host | after step | named after | exit code | went on from step | with hosts | "
+              "rerun | largest error of a loss | sound |", "|---|---|---|---|---|---|---|---|---|---|---|"]  # fmt: skip
+    for row in rows:
+        code = "hung" if row.first_code is None else str(row.first_code)
+        names = " ".join(host.split()[0] for host in row.went_on) or "-"
+        rerun = "-" if row.rerun_code is None else str(row.rerun_code)
+        lines.append(f"| {row.number} | {row.fault} | {row.host} | {row.step} | {seconds(row.named_s)} | {code} | "
+                     f"{row.from_step} | {names} | {rerun} | {row.error:.1e} | {row.is_sound} |")  # fmt: skip
+    unsound = [row for row in rows if not row.is_sound]
+    lines += ["", *(f"* not sound: run {row.number} ({row.fault} on {row.host}): {row.said}" for row in unsound)]
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def campaign(num_runs: int, table: Path, work: Path) -> list[Row]:
+    """Do the next `num_runs` runs; returns their rows."""
+    work.mkdir(parents=True, exist_ok=True)
+    truth = undisturbed(work)
+    first = len(rows_of(table))
+    for number in range(first, first + num_runs):
+        with hosts(work / f"hosts{number}", NAMES) as made:
+            row = one_run(number, made, work, truth)
+        table.parent.mkdir(parents=True, exist_ok=True)
+        with open(table, "a") as file:
+            file.write(json.dumps(asdict(row), sort_keys=True) + "\n")
+        print(f"{number:4d} {row.fault:15s} on {row.host} after step {row.step:3d}: named after "
+              f"{seconds(row.named_s)}, code {row.first_code} in {row.first_s:.0f} s, from step {row.from_step}, "
+              f"rerun {row.rerun_code}, error {row.error:.1e}: "
+              f"{'sound' if row.is_sound else 'NOT SOUND ' + row.said}", flush=True)  # fmt: skip
+    rows = rows_of(table)
+    table.with_suffix(".md").write_text(summary(rows))
+    return rows[first:]
