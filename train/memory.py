@@ -11,6 +11,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import groupby
 from typing import Any, Literal
 
 import torch
@@ -94,10 +95,25 @@ class Job:
         return model_config(self.run)
 
     @cached_property
-    def sizes(self) -> list[int]:
-        """Elements of each parameter of the core; nothing is built but shapes."""
+    def core(self) -> BrainloomForPreTraining:
+        """The model's shapes; nothing else of it is built."""
         with torch.device("meta"):
-            return [parameter.numel() for parameter in BrainloomForPreTraining(self.config).parameters()]
+            return BrainloomForPreTraining(self.config)
+
+    @cached_property
+    def sizes(self) -> list[int]:
+        """Elements of each parameter of the core."""
+        return [parameter.numel() for parameter in self.core.parameters()]
+
+    @property
+    def sizes_as_reduced(self) -> list[int]:
+        """The same, as gradients come: the last first, and under ZeRO-3 all of a block at its end, in their order."""
+        if self.zero.stage < 3:
+            return self.sizes[::-1]
+        blocks = [module for module in self.core.modules() if type(module).__name__ in self.core._no_split_modules]
+        block_of = {id(parameter): block for block in blocks for parameter in block.parameters()}
+        groups = groupby(self.core.parameters(), lambda parameter: id(block_of.get(id(parameter), parameter)))
+        return [parameter.numel() for group in [list(group) for _, group in groups][::-1] for parameter in group]
 
     @cached_property
     def num_parameters(self) -> int:

@@ -136,7 +136,7 @@ SUMS = Exchange("sums of single numbers", 116, 2, "all", rounds=2 * 4)
 def _of_the_core(job: Job) -> Iterator[Exchange]:
     zero, size, passes = job.zero, job.weight_bytes, job.accumulation
     whole = size * job.num_parameters
-    buckets = num_buckets(reversed(job.sizes), zero.reduce_bucket_size)
+    buckets = num_buckets(job.sizes_as_reduced, zero.reduce_bucket_size)
     if zero.stage < 3:
         times = 2 * (passes if zero.stage == 2 else 1)
         yield Exchange("gradients, reduced for all", whole, times, "all", times * buckets)
