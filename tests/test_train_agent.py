@@ -19,7 +19,7 @@ import pytest
 
 from train import agent, hostfile, launch, leftovers, nodes
 from train.events import Exit, Gone, Hello, Looked, Lost, Output, Pulse, Said, from_line, to_line
-from train.exit_codes import HUNG, STOPPED
+from train.exit_codes import HUNG, LOST, STOPPED
 from train.hostfile import Host
 from train.ranks import LaunchError
 
@@ -132,7 +132,7 @@ def test_an_agent_that_is_killed_or_frozen_is_named_and_all_is_ended(
         "time.sleep(60)"
     )
     began_s = time.monotonic()
-    assert launch.launch(HOSTS, python(code, str(tmp_path / "logs")), tmp_path / "logs", env) == 1
+    assert launch.launch(HOSTS, python(code, str(tmp_path / "logs")), tmp_path / "logs", env) == LOST
     assert time.monotonic() - began_s < 15
     assert f"launch: node-b.invalid (ranks 1 to 2 of 3) is lost: {says}" in capsys.readouterr().err
     pids = [int(word) for rank in range(3) for word in log(tmp_path, rank).split()]
@@ -185,7 +185,7 @@ def test_without_ssh_the_message_says_what_to_do(
 def test_a_command_that_is_no_program_is_named_with_the_host(
     tmp_path: Path, env: dict[str, str], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert launch.launch(HOSTS, ["/no/program"], tmp_path / "logs", env) == 1
+    assert launch.launch(HOSTS, ["/no/program"], tmp_path / "logs", env) == LOST
     assert "rank 0 cannot start '/no/program': No such file" in capsys.readouterr().err
 
 
