@@ -66,6 +66,7 @@ class Signals:
 
     def __init__(self) -> None:
         self.stop: int | None = None
+        self.is_leaving = False  # the ranks were asked to save and leave, by whichever signal
         self.num_stops = 0
         self.waiting: list[int] = []
         self._before: dict[signal.Signals, object] = {}
@@ -83,6 +84,7 @@ class Signals:
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         self.waiting.append(number)
+        self.is_leaving = self.is_leaving or number != signal.SIGTSTP
         if number in _STOP_SIGNALS:
             self.stop = self.stop or number
             self.num_stops += 1
