@@ -6,47 +6,29 @@ again goes on. The number of a run gives its fault, host and moment.
 """
 
 import json
-import os
 import re
 import shutil
-import signal
 import subprocess
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-import numpy as np
 from campaign import below, cmdline, is_alive, wait
+from cluster_faults import FAULTS, NAMES, NUM_STEPS, Fault, Place
 from hosts_on_one_machine import LOGIN, Hosts, hosts
 from train_builders import losses, prepare_run, rank_environment, tiny_run, tiny_store, train_ranks
 
 from train import hostfile
 from train.hostfile import Host
-from train.rank_environment import extensions_dir
 from train.run_folder import sealed_step
 
 ROOT = Path(__file__).parent.parent
 TABLE = ROOT / "tests" / "bench" / "CAMPAIGN_cluster.jsonl"
-SEED = 20261129
-NAMES = ("n1", "n2", "n3")
-NUM_STEPS, SAVE_EVERY = 30, 4
-NAMED_S, LEAVING_S, PATIENCE_S = 15.0, 25.0, 400.0
+SAVE_EVERY = 4
+NAMED_S, LEAVING_S, PATIENCE_S = 15.0, 25.0, 900.0
 MAX_ERROR = 1e-5  # of a loss: other numbers of ranks add in another order
-# Fault: what must be said on stderr, with {host} for where it happened; and the exit code, None for any but 0.
-FAULTS: dict[str, tuple[str, int | None]] = {
-    "network cut": (r"{host} \(rank . of 3\) is lost: no pulse of its agent for \d+ s", 0),
-    "sshd gone": (r"{host} \(rank . of 3\) is lost: its agent has gone without a word \(ssh ended with 255", 0),
-    "rank killed": (r"rank . of 3 on {host} failed first .*: signal SIGKILL", 0),
-    "rank stopped": (r"rank . is late: .*its process is stopped \(state T\) \(process \d+ on {host}\)", 0),
-    "agent killed": (r"{host} \(rank . of 3\) is lost: its agent has gone without a word", 0),
-    "host frozen": (r"{host} \(rank . of 3\) is lost: no pulse of its agent for \d+ s", 0),
-    "launcher killed": ("", None),
-    "disk full": (r"(?s)rank . of 3 on {host} failed first .*cannot be written: .*No space left on device", 2),
-    "wrong Python": (r"{host} \(its agent does not start \(ssh ended with 1: this is another Python", 0),
-    "stale lock": (r"{host}: removed .*/deepspeed_shm_comm/lock: a build that was killed left it", 0),
-}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,117 +67,6 @@ class Row:
     def patience_s(self) -> float:
         """What follows a fault is named when it is met: a host's Python and locks once the run starts again."""
         return 3 * NAMED_S if self.fault in ("wrong Python", "stale lock") else NAMED_S
-
-
-@dataclass(frozen=True)
-class Fault:
-    """What happens to a run, and when."""
-
-    kind: str
-    host: str
-    step: int  # -1: while the ranks start
-    after_s: float
-
-    @classmethod
-    def of(cls, number: int) -> "Fault":
-        """The fault of a run: a function of its number."""
-        rng = np.random.default_rng([SEED, number])
-        step = -1 if rng.random() < 0.2 else int(rng.integers(NUM_STEPS * 2 // 3))
-        kind, host = [*FAULTS][number % len(FAULTS)], NAMES[(number + number // len(FAULTS)) % len(NAMES)]
-        return cls(kind, host, step, float(rng.uniform(0, 8.0 if step < 0 else 0.5)))
-
-
-@dataclass
-class Place:
-    """Three hosts, a run on them, and what was done to a host, which can be undone."""
-
-    made: Hosts
-    work: Path
-    out: Path
-    env: dict[str, str] = field(repr=False)
-
-    def ours(self, name: str) -> list[int]:
-        """Agents and ranks of a host, and the launcher on the login host; none that has ended."""
-        words = (b"agent", b"worker", b"train")
-        commands = {pid: cmdline(pid).split(b"\0")[1:4] for pid in self.all_of(name)}
-        return [
-            pid for pid, argv in commands.items() if argv[:2] == [b"-m", b"train"] and argv[2:] and argv[2] in words
-        ]
-
-    def all_of(self, name: str) -> list[int]:
-        return [pid for pid in below(self.made.fronts[name]) if is_alive(pid)]
-
-    def of_kind(self, name: str, word: bytes) -> list[int]:
-        return [pid for pid in self.ours(name) if cmdline(pid).split(b"\0")[3] == word]
-
-    def strike(self, fault: Fault, launcher: int) -> None:
-        """Let it happen."""
-        host, kind = fault.host, fault.kind
-        if kind == "network cut":
-            self.made.cut(host)
-        elif kind == "sshd gone":
-            sessions = [pid for pid in self.all_of(host) if b"sshd" in cmdline(pid)][1:]
-            send(sessions, signal.SIGKILL)
-        elif kind == "host frozen":
-            send(self.all_of(host), signal.SIGSTOP)
-        elif kind == "launcher killed":
-            send([launcher], signal.SIGKILL)
-        elif kind == "disk full":
-            folder = self.out / "checkpoints"
-            folder.mkdir(exist_ok=True)
-            self.made.inside(host, "mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(folder))
-        elif kind == "agent killed":
-            send(self.of_kind(host, b"agent"), signal.SIGKILL)
-        elif kind == "wrong Python":
-            self.made.inside(host, "mount", "--bind", str(wrong_python(self.work)), os.path.realpath(sys.executable))
-            send(self.of_kind(host, b"agent"), signal.SIGKILL)
-        else:
-            if kind == "stale lock":
-                self.made.inside(
-                    host, "mount", "--bind", str(locked(self.work, self.env)), str(extensions_dir(self.env))
-                )
-            send(self.of_kind(host, b"worker"), signal.SIGSTOP if kind == "rank stopped" else signal.SIGKILL)
-
-    def undo(self, fault: Fault) -> None:
-        """The host as it was."""
-        host, kind = fault.host, fault.kind
-        if kind == "network cut":
-            self.made.mend(host)
-        elif kind == "host frozen":
-            send([*below(self.made.fronts[host])], signal.SIGCONT)
-        mounts = {
-            "disk full": self.out / "checkpoints",
-            "wrong Python": os.path.realpath(sys.executable),
-            "stale lock": extensions_dir(self.env),
-        }
-        if kind in mounts:
-            self.made.inside(host, "umount", "--lazy", str(mounts[kind]))
-
-
-def send(pids: Sequence[int], number: int) -> None:
-    """A signal to processes that are there."""
-    for pid in pids:
-        os.kill(pid, number)
-
-
-def wrong_python(work: Path) -> Path:
-    """What stands in the place of Python where that is another one."""
-    path = work / "wrong-python"
-    path.write_text('#!/bin/sh\necho "this is another Python: No module named train" >&2\nexit 1\n')
-    path.chmod(0o755)
-    return path
-
-
-def locked(work: Path, env: dict[str, str]) -> Path:
-    """A folder of compiled ops as a build that was killed leaves it."""
-    path = work / "locked"
-    if not path.exists():
-        shutil.copytree(extensions_dir(env), path)
-    (path / "deepspeed_shm_comm").mkdir(exist_ok=True)
-    lock = path / "deepspeed_shm_comm" / "lock"
-    lock.touch()
-    os.utime(lock, (1e9, 1e9))
-    return path
 
 
 def prepared(work: Path, name: str) -> Path:

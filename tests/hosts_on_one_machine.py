@@ -121,8 +121,9 @@ def hosts(folder: Path, names: Sequence[str] = ("n1", "n2")) -> Iterator[Hosts]:
         folder, f"bh{uuid.uuid4().hex[:6]}", f"10.{100 + os.getpid() % 50}.{time.time_ns() % 250}", tuple(names)
     )
     subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", str(folder / "key")], check=True)
+    # sshd insists on it. It stays: other tests' hosts would drop every connection without it.
+    Path("/run/sshd").mkdir(exist_ok=True)
     with contextlib.ExitStack() as stack:
-        stack.enter_context(_folder(Path("/run/sshd")))  # sshd insists on it
         stack.enter_context(_folder(Path("/etc/netns")))
         stack.enter_context(_network(made))
         for name in made.names:

@@ -19,7 +19,7 @@ import pytest
 
 from train import agent, hostfile, launch, leftovers, nodes
 from train.events import Exit, Gone, Hello, Looked, Lost, Output, Pulse, Said, from_line, to_line
-from train.exit_codes import HUNG, STOPPED
+from train.exit_codes import HUNG, LOST, STOPPED
 from train.hostfile import Host
 from train.ranks import LaunchError
 
@@ -132,7 +132,7 @@ def test_an_agent_that_is_killed_or_frozen_is_named_and_all_is_ended(
         "time.sleep(60)"
     )
     began_s = time.monotonic()
-    assert launch.launch(HOSTS, python(code, str(tmp_path / "logs")), tmp_path / "logs", env) == 1
+    assert launch.launch(HOSTS, python(code, str(tmp_path / "logs")), tmp_path / "logs", env) == LOST
     assert time.monotonic() - began_s < 15
     assert f"launch: node-b.invalid (ranks 1 to 2 of 3) is lost: {says}" in capsys.readouterr().err
     pids = [int(word) for rank in range(3) for word in log(tmp_path, rank).split()]
@@ -185,7 +185,7 @@ def test_without_ssh_the_message_says_what_to_do(
 def test_a_command_that_is_no_program_is_named_with_the_host(
     tmp_path: Path, env: dict[str, str], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert launch.launch(HOSTS, ["/no/program"], tmp_path / "logs", env) == 1
+    assert launch.launch(HOSTS, ["/no/program"], tmp_path / "logs", env) == LOST
     assert "rank 0 cannot start '/no/program': No such file" in capsys.readouterr().err
 
 
@@ -248,16 +248,13 @@ def test_a_stop_ends_all_hosts_and_its_number_is_the_code(
     assert process.returncode == 128 + number and not any(alive(pid) for pid in pids)
 
 
-def test_a_launcher_that_is_killed_or_frozen_leaves_nothing_on_any_host(tmp_path: Path, env: dict[str, str]) -> None:
-    for number, patience_s in ((signal.SIGKILL, 8.0), (signal.SIGSTOP, agent.LOST_S + 8.0)):
-        folder = tmp_path / number.name
-        process, pids = launched(folder, env, "time.sleep(60)")
-        agents = [int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1]) for pid in pids]
-        assert process.pid not in agents and len(set(agents)) == 2
-        process.send_signal(number)
-        wait(lambda pids=pids, agents=agents: not any(map(alive, [*pids, *agents])), "all to end", patience_s)
-        process.kill()
-        process.communicate()
+def test_a_launcher_that_is_killed_leaves_nothing_on_any_host(tmp_path: Path, env: dict[str, str]) -> None:
+    process, pids = launched(tmp_path, env, "time.sleep(60)")
+    agents = [int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1]) for pid in pids]
+    assert process.pid not in agents and len(set(agents)) == 2
+    process.kill()
+    process.communicate()
+    wait(lambda: not any(map(alive, [*pids, *agents])), "all to end")
 
 
 # ---------------------------------------------------------------- an agent by itself

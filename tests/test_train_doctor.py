@@ -45,7 +45,6 @@ HEALTHY: dict[str, Any] = {
         "mbit_s": 400_000,
         "infiniband": IB,
         "names": ["lo", "eth0", "ib0"],
-        "own": "10.0.0.1",
         "env": {"NCCL_SOCKET_IFNAME": "=ib0", "GLOO_SOCKET_IFNAME": "ib0"},
         "port": 1,
     },
@@ -133,17 +132,16 @@ def test_a_planted_fault_is_the_one_fail_and_names_host_text_and_fix(
     assert text in told and fix in mends
 
 
-def test_on_hosts_without_gpus_gloo_must_not_listen_on_loopback_and_shm_is_by_rank() -> None:
+def test_on_hosts_without_gpus_shm_is_by_rank() -> None:
     found = _found()
     for its in found.values():
         its["gpus"] = {"gpus": [], "torch": 0}
         its["interface"].update(env={}, infiniband={}, mbit_s=0)
         its["shm"] = 2 * 64 * 2**20
     assert not _bad(found)
-    found["n2"]["interface"]["own"] = "127.0.1.1"
+    found["n2"]["shm"] -= 1
     (said,) = _bad(found)
-    assert "own name is 127.0.1.1, where no other host can reach Gloo" in said
-    assert "export GLOO_SOCKET_IFNAME=ib0, or correct the name" in said
+    assert "/dev/shm has 128 MiB" in said and "128 MiB are needed" in said
 
 
 def test_a_lock_that_another_host_holds_on_a_shared_disk_is_not_stale() -> None:

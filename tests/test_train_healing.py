@@ -5,6 +5,7 @@ In: outcomes made up, agents on this machine for hosts of their own names. Out: 
 
 import json
 import os
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -149,6 +150,15 @@ def test_at_first_all_that_are_wanted_must_be_there(tmp_path: Path) -> None:
 def test_what_is_given_up_and_when(tmp_path: Path, outcomes: list[Outcome], launches: int) -> None:
     launcher = Scripted(tmp_path, outcomes)
     assert healed(tmp_path, launcher) == outcomes[-1].code and len(launcher.launches) == launches
+
+
+def test_a_run_that_was_asked_to_leave_is_not_started_again(tmp_path: Path) -> None:
+    with Signals() as signals:
+        os.kill(os.getpid(), signal.SIGUSR1)
+        launcher: Any = Scripted(tmp_path, [LOST])
+        terms = Terms(num_nodes=3, max_restarts=3, fits=divides(24))
+        assert Healing(HOSTS, terms, tmp_path, launcher, signals).run() == LOST.code
+    assert len(launcher.launches) == 1
 
 
 def test_a_run_that_moves_on_may_be_restarted_for_ever(tmp_path: Path) -> None:

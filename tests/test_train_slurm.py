@@ -28,7 +28,7 @@ pytestmark = [
 ]
 NUM_STEPS = 40
 PATIENCE_S = 400.0
-PYTHON = shlex.quote(sys.executable)
+ENDED = ("COMPLETED", "FAILED", "NODE_FAIL", "TIMEOUT")
 
 
 @pytest.fixture(scope="module")
@@ -75,8 +75,11 @@ class Job:
 
     def wait(self, what: Callable[[], bool]) -> None:
         deadline_s = time.monotonic() + PATIENCE_S
-        while not what():
-            assert time.monotonic() < deadline_s and self.state() not in ("FAILED", "NODE_FAIL"), self.log()[-6000:]
+        while True:
+            has_ended = self.state() in ENDED
+            if what():
+                return
+            assert not has_ended and time.monotonic() < deadline_s, self.log()[-6000:]
             time.sleep(0.1)
 
     def wait_for_steps(self, number: int) -> None:

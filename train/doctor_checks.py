@@ -214,9 +214,6 @@ def _interface(found: Found, context: Context) -> Iterator[Line]:
         problem, fix = "; one host: nothing to compare" if len(good) == 1 else "", ""
         if missing := _missing_names(its):
             problem, fix = f"; {missing} is not there", f"set it to one of {' '.join(its['names'])}"
-        elif len(good) > 1 and _own_name_misleads(its) and not _has_gpu(found[host]):
-            problem = f"; the host's own name is {its['own']}, where no other host can reach Gloo"
-            fix = f"export GLOO_SOCKET_IFNAME={its['name']}, or correct the name in /etc/hosts"
         elif 0 < its["mbit_s"] < fastest:
             fix = f"others have {_rate(fastest)}: look at the cable and the switch"
         elif _active(its["infiniband"]) < most_ports:
@@ -226,11 +223,6 @@ def _interface(found: Found, context: Context) -> Iterator[Line]:
 
 def _rate(mbit_s: int) -> str:
     return f"{mbit_s / 1000:g} Gbit/s" if mbit_s else "speed unknown"
-
-
-def _own_name_misleads(interface: Facts) -> bool:
-    """Gloo listens where the host's own name leads, unless it is told an interface."""
-    return interface["own"].startswith("127.") and not interface["env"].get("GLOO_SOCKET_IFNAME")
 
 
 def _has_gpu(facts: Facts) -> bool:

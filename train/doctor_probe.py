@@ -28,7 +28,7 @@ from typing import Any
 
 from prep.store import Store
 from train import leftovers
-from train.network import free_port, interfaces, own_address, way_to
+from train.network import free_port, interfaces, way_to
 
 MARK = "brainloom-doctor "  # before the answer: a login shell may print lines of its own
 FACT_S = 30.0  # a fact that takes longer is an error
@@ -179,7 +179,6 @@ def interface(peer: str, env: dict[str, str]) -> dict[str, Fact]:
         **_link(way.interface),
         "address": way.address,
         "names": interfaces(),
-        "own": own_address(),
         "env": env,
         "port": port,
     }

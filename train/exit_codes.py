@@ -5,3 +5,4 @@ In: nothing. Out: numbers that the launcher, batch scripts and people agree on.
 
 STOPPED = 85  # asked to stop, and saved: the same command goes on from there
 HUNG = 86  # nothing moved for as long as the watchdog waits
+LOST = 87  # a host was lost, and no more restarts were allowed: the same command goes on once there are hosts

@@ -75,7 +75,7 @@ class Healing:
         while True:
             sealed = sealed_step(self._run_dir)
             outcome = self._launch()
-            if outcome.code in (0, STOPPED) or self._signals.stop is not None:
+            if outcome.code in (0, STOPPED) or self._signals.is_leaving:
                 return outcome.code
             has_moved = sealed_step(self._run_dir) > sealed
             num_restarts = 1 if has_moved else num_restarts + 1

@@ -34,7 +34,7 @@ def launch(hosts: list[Host], command: list[str], log_dir: Path, env: Mapping[st
 
     `env` is the environment of the launcher, usually `os.environ`. SIGINT, SIGTERM and SIGHUP go to every rank and end
     the run with 128 + n, SIGUSR1 is only passed on; where all ranks have saved and left with STOPPED, that is the code.
-    A second stop signal ends the run within seconds. A rank that hangs ends it with HUNG, a host that is lost with 1.
+    A second stop signal ends the run within seconds. A rank that hangs ends it with HUNG, a lost host with LOST.
     Raises LaunchError before anything has started.
     """
     with Signals() as signals:

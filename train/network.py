@@ -3,7 +3,6 @@
 In: another host's name or address. Out: plain data; nothing is sent, nothing is changed.
 """
 
-import contextlib
 import fcntl
 import socket
 import struct
@@ -30,13 +29,6 @@ def way_to(peer: str) -> Way:
 def interfaces() -> list[str]:
     """The names of this host's interfaces."""
     return [name for _, name in socket.if_nameindex()]
-
-
-def own_address() -> str:
-    """Where this host's own name leads, for itself; "" where it does not know its name."""
-    with contextlib.suppress(OSError):
-        return socket.gethostbyname(socket.gethostname())
-    return ""
 
 
 def free_port(address: str = "127.0.0.1") -> str:

@@ -7,6 +7,7 @@ stdout, and what went wrong on stderr: host, rank, what was seen, what to do.
 from __future__ import annotations
 
 import contextlib
+import os
 import re
 import signal
 import sys
@@ -18,7 +19,7 @@ from types import FrameType
 from typing import Protocol
 
 from train.events import Event, Exit, Looked, Lost, Output, Pulse, Said
-from train.exit_codes import HUNG, STOPPED
+from train.exit_codes import HUNG, LOST, STOPPED
 from train.ranks import say
 from train.stacks import STACKS_S, Stand
 from train.watchdog import Watchdog, explain
@@ -27,7 +28,6 @@ STOP_GRACE_S = 120.0  # between a signal to the launcher and SIGKILL: long enoug
 SETTLE_S = 0.5  # ranks that fail this soon after the first may be its victims or its cause
 TICK_S = 0.05
 VICTIMS_S = 10.0  # the same where all are victims: a host that has gone without a word is lost by then
-LOST_CODE = 1  # of a launch that has lost a host
 # What a healthy rank says when a peer has gone: such a rank is a victim, another one the cause.
 _VICTIM = re.compile(
     r"Connection (closed|reset) by peer|Broken pipe|remote process exited|Connection refused|rank 0 does not answer"
@@ -66,6 +66,7 @@ class Signals:
 
     def __init__(self) -> None:
         self.stop: int | None = None
+        self.is_leaving = False  # the ranks were asked to save and leave, by whichever signal
         self.num_stops = 0
         self.waiting: list[int] = []
         self._before: dict[signal.Signals, object] = {}
@@ -83,6 +84,7 @@ class Signals:
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         self.waiting.append(number)
+        self.is_leaving = self.is_leaving or number != signal.SIGTSTP
         if number in _STOP_SIGNALS:
             self.stop = self.stop or number
             self.num_stops += 1
@@ -92,9 +94,10 @@ class Signals:
         while self.waiting:
             number = self.waiting.pop(0)
             if number == signal.SIGTSTP:
-                say(
-                    "launch: not stopped by Ctrl-Z: other hosts would end their ranks. Start it in tmux, or with nohup."
-                )
+                if any(group.name for group in groups):
+                    say("launch: not stopped by Ctrl-Z: other hosts would end their ranks. Use tmux, or nohup.")
+                else:
+                    os.kill(os.getpid(), signal.SIGSTOP)
                 continue
             num_ranks = sum(len(group.ranks) for group in groups)
             say(f"launch: {signal.Signals(number).name}, passed on to {num_ranks} process(es)")
@@ -160,7 +163,7 @@ class Supervision:
             if event.code not in (0, STOPPED):
                 self._failures.append((group, event))
         elif isinstance(event, Lost):
-            self._codes |= dict.fromkeys(group.ranks, LOST_CODE)
+            self._codes |= dict.fromkeys(group.ranks, LOST)
             self._failures.append((group, event))
 
     def _failed(self) -> Outcome:
@@ -181,7 +184,7 @@ class Supervision:
                 f" `make doctor` says what is wrong with it."
             )
         return Outcome(
-            code=LOST_CODE,
+            code=LOST,
             what=lost[0][1].what,
             hosts=tuple(group.name for group, _ in lost),
             ranks=tuple(rank for group, _ in lost for rank in group.ranks),
