@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from train_builders import handmade_run, tiny_run, tiny_store, train_ranks
 
 from prep.store import Store
-from train import ranks, self_check
+from train import self_check, supervise
 from train.__main__ import USAGE
 from train.build import build_model, model_config, whole
 from train.loader import TrainingSamples
@@ -134,7 +134,7 @@ def test_without_rank_0_the_others_say_so_and_are_not_blamed(monkeypatch: pytest
     monkeypatch.setenv("MASTER_PORT", "9")  # discard: nobody listens
     with pytest.raises(SelfCheckError, match=r"rank 1: rank 0 does not answer at 127.0.0.1:9 within 1 s. See its log"):
         Peers(1, 2, patience_s=1.0)
-    assert ranks._VICTIM.search("rank 1: rank 0 does not answer any more. See its log.")
+    assert supervise.VICTIM.search("rank 1: rank 0 does not answer any more. See its log.")
 
 
 def test_surroundings_tell_versions_code_configuration_and_store(store: Path) -> None:

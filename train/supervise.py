@@ -29,7 +29,7 @@ SETTLE_S = 0.5  # ranks that fail this soon after the first may be its victims o
 TICK_S = 0.05
 VICTIMS_S = 10.0  # the same where all are victims: a host that has gone without a word is lost by then
 # What a healthy rank says when a peer has gone: such a rank is a victim, another one the cause.
-_VICTIM = re.compile(
+VICTIM = re.compile(
     r"Connection (closed|reset) by peer|Broken pipe|remote process exited|Connection refused|rank 0 does not answer"
 )
 _STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
@@ -194,7 +194,7 @@ class Supervision:
         )
 
     def _causes(self) -> list[tuple[Group, Exit | Lost]]:
-        return [(g, one) for g, one in self._failures if isinstance(one, Lost) or not _VICTIM.search(one.lines)]
+        return [(g, one) for g, one in self._failures if isinstance(one, Lost) or not VICTIM.search(one.lines)]
 
     def _exited(self, group: Group, cause: Exit) -> Outcome:
         place = f" on {group.name}" if group.name else ""
