@@ -39,7 +39,7 @@ def run_of_its_own(root: Path) -> Iterator[str]:
 def sweep(root: Path) -> None:
     """Remove the partial folders of runs that are dead, and folders that were never sealed."""
     for lock in (root / ".runs").iterdir():
-        with open(lock, "a") as file, contextlib.suppress(BlockingIOError):
+        with open(lock, "a") as file, contextlib.suppress(BlockingIOError):  # its run is alive
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             lock.unlink()
     alive = {lock.name for lock in (root / ".runs").iterdir()}

@@ -7,6 +7,8 @@ import os
 import signal
 from pathlib import Path
 
+from processes import is_alive
+
 SESSIONS = (1, 2)
 COMMANDS = {
     "sbatch": """
@@ -42,14 +44,6 @@ def running(folder: Path) -> list[int]:
     return [
         pid for pid in (int(path.read_text()) for path in folder.glob("*.pid") if path.read_text()) if is_alive(pid)
     ]
-
-
-def is_alive(pid: int) -> bool:
-    """Whether a process runs, and is no zombie."""
-    try:
-        return "\nState:\tZ" not in Path(f"/proc/{pid}/status").read_text()
-    except OSError:
-        return False
 
 
 def kill_jobs(folder: Path) -> int:

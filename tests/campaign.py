@@ -11,18 +11,19 @@ import importlib
 import json
 import os
 import shutil
-import signal
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from campaign_table import by_fault, by_run, code_of, go_on
 from nwb_builders import running, with_rois, with_units, write
+from processes import below, cmdline, comes_true, is_alive, kill
 from starved import Memory, disk_of, memory_of
 
 from prep.synthetic import write_brain
@@ -60,6 +61,11 @@ class Row:
     nothing_outside: bool
     nobody_left: bool  # no process of it went on
     said: str  # its last line of complaint
+
+    @property
+    def where(self) -> str:
+        """The fault, and where it met the run."""
+        return f"{self.fault} at {self.at_s} s"
 
     @property
     def is_sound(self) -> bool:
@@ -135,11 +141,11 @@ def cluster(folder: Path) -> Iterator[tuple[str, "subprocess.Popen[str]", "subpr
     quiet["env"] = {**os.environ, "PYTHONPATH": str(ROOT)}
     here = ["--host", "127.0.0.1", "--no-dashboard", "--scheduler-file", str(address_file)]
     scheduler = subprocess.Popen([dask, "scheduler", "--port", "0", *here], **quiet)
-    wait(address_file.exists)
+    comes_true(address_file.exists)
     words = [dask, "worker", "--nworkers", "2", "--nthreads", "1", "--no-dashboard", "--local-directory", str(folder)]
     workers = subprocess.Popen([*words, "--scheduler-file", str(address_file), "--death-timeout", "20"], **quiet)
     try:
-        wait(lambda: len(list(below(workers.pid))) >= 2)
+        comes_true(lambda: len(list(below(workers.pid))) >= 2)
         yield str(json.loads(address_file.read_text())["address"]), scheduler, workers
     finally:
         for pid in [*below(workers.pid), workers.pid, scheduler.pid]:
@@ -148,48 +154,9 @@ def cluster(folder: Path) -> Iterator[tuple[str, "subprocess.Popen[str]", "subpr
         scheduler.wait()
 
 
-def wait(what: Any, patience_s: float = 30.0) -> bool:
-    """Wait until something is true; whether it became so."""
-    deadline = time.monotonic() + patience_s
-    while not what():
-        if time.monotonic() > deadline:
-            return False
-        time.sleep(0.05)
-    return True
-
-
-def below(pid: int) -> Iterator[int]:
-    """All processes below one."""
-    try:
-        tasks = [(task / "children").read_text().split() for task in Path(f"/proc/{pid}/task").iterdir()]
-    except OSError:
-        return
-    for child in (int(word) for words in tasks for word in words):
-        yield child
-        yield from below(child)
-
-
 def workers_of(pid: int) -> list[int]:
     """Processes below one that are Dask workers, not the trackers of their resources."""
     return [child for child in below(pid) if b"spawn_main" in cmdline(child) or b"forkserver" in cmdline(child)]
-
-
-def cmdline(pid: int) -> bytes:
-    with contextlib.suppress(OSError):  # it has ended, and has no command line
-        return Path(f"/proc/{pid}/cmdline").read_bytes()
-    return b""
-
-
-def is_alive(pid: int) -> bool:
-    try:
-        return "\nState:\tZ" not in Path(f"/proc/{pid}/status").read_text()
-    except OSError:
-        return False
-
-
-def kill(pid: int) -> None:
-    with contextlib.suppress(ProcessLookupError):  # it has ended by itself
-        os.kill(pid, signal.SIGKILL)
 
 
 def ended(process: "subprocess.Popen[str]") -> tuple[int | None, str]:
@@ -315,7 +282,7 @@ def disturbed(
             if victims:
                 kill(int(victims[int(rng.integers(len(victims)))]))
         code, said = ended(process)
-        nobody_left = wait(lambda: not any(is_alive(pid) for pid in family), LEAVING_S)
+        nobody_left = comes_true(lambda: not any(is_alive(pid) for pid in family), LEAVING_S)
     return code, said, nobody_left, stage(store, disturb.num_sealed) if is_starved else met, came_s
 
 
@@ -350,38 +317,14 @@ def error_of(store: Path, said: str, num_killed: int) -> str:
 # ---------------------------------------------------------------- the table
 
 
-def rows_of(table: Path) -> list[Row]:
-    """What earlier campaigns have found."""
-    lines = table.read_text().splitlines() if table.exists() else []
-    return [Row(**json.loads(line)) for line in lines]
-
-
-def by_fault(rows: Sequence[Any]) -> list[str]:
-    """Lines of a table, one for each fault; of rows of any campaign."""
-    lines = ["| fault | runs | sound | exit codes of the disturbed run | slowest disturbed run | slowest rerun |",
-             "|---|---|---|---|---|---|"]  # fmt: skip
-    for fault in sorted({row.fault for row in rows}):
-        mine = [row for row in rows if row.fault == fault]
-        codes = ", ".join(sorted({"hung" if row.first_code is None else str(row.first_code) for row in mine}))
-        slowest = f"{max(row.first_s for row in mine):.0f} s | {max(row.rerun_s for row in mine):.0f} s"
-        lines.append(f"| {fault} | {len(mine)} | {sum(row.is_sound for row in mine)} | {codes} | {slowest} |")
-    return lines
-
-
 def summary(rows: Sequence[Row]) -> str:
     """The table for people."""
-    num_sound = sum(row.is_sound for row in rows)
-    lines = ["# Faults while ingesting", "", f"{num_sound} of {len(rows)} runs ended with the same bytes after a "
-             "rerun, verified, with nothing written outside of the store and no process left.", "",
-             *by_fault(rows)]  # fmt: skip
-    lines += ["", "| run | fault | came at | limit | when it was at | exit code | sealed | error | rerun | sound |",
-              "|---|---|---|---|---|---|---|---|---|---|"]  # fmt: skip
-    for row in rows:
-        code = "hung" if row.first_code is None else str(row.first_code)
-        lines.append(f"| {row.number} | {row.fault} | {row.at_s:.1f} s | {row.limit_mb:.0f} MB | {row.met} | {code} | "
-                     f"{row.sealed} | {row.error} | {row.rerun_s:.0f} s | {row.is_sound} |")  # fmt: skip
-    unsound = [row for row in rows if not row.is_sound]
-    lines += ["", *(f"* not sound: run {row.number} ({row.fault} at {row.at_s} s): {row.said}" for row in unsound)]
+    head = ["came at", "limit", "when it was at", "exit code", "sealed", "error", "rerun"]
+    lines = ["# Faults while ingesting", "", f"{sum(row.is_sound for row in rows)} of {len(rows)} runs ended with the "
+             "same bytes after a rerun, verified, with nothing written outside of the store and no process left.", "",
+             *by_fault(rows),
+             *by_run(head, rows, lambda row: [f"{row.at_s:.1f} s", f"{row.limit_mb:.0f} MB", row.met, code_of(row),
+                                              row.sealed, row.error, f"{row.rerun_s:.0f} s"])]  # fmt: skip
     return "\n".join(lines).rstrip() + "\n"
 
 
@@ -390,19 +333,13 @@ def campaign(num_runs: int, table: Path, work: Path, *, is_large: bool = True) -
     recordings(work / "in", is_large=is_large)
     truth = undisturbed(work)
     print(f"undisturbed: {truth.seconds:.1f} s, {len(truth.files)} files, {truth.num_bytes / 1e6:.0f} MB", flush=True)
-    first = len(rows_of(table))
-    for number in range(first, first + num_runs):
-        row = one_run(number, work, truth)
-        table.parent.mkdir(parents=True, exist_ok=True)
-        with open(table, "a") as file:
-            file.write(json.dumps(asdict(row), sort_keys=True) + "\n")
-        verdict = "sound" if row.is_sound else "NOT SOUND"
-        print(f"{number:4d} {row.fault:12s} at {row.at_s:5.1f} s, limit {row.limit_mb:6.0f} MB, {row.met}: "
-              f"code {row.first_code}, {row.sealed} sealed, {row.error}; rerun {row.rerun_s:.1f} s: {verdict} "
-              f"{row.said}", flush=True)  # fmt: skip
-    rows = rows_of(table)
-    table.with_suffix(".md").write_text(summary(rows))
-    return rows[first:]
+    return go_on(Row, table, num_runs, lambda number: one_run(number, work, truth), told, summary)
+
+
+def told(row: Row) -> str:
+    """A run in a line."""
+    return (f"{row.fault:12s} at {row.at_s:5.1f} s, limit {row.limit_mb:6.0f} MB, {row.met}: code {row.first_code}, "
+            f"{row.sealed} sealed, {row.error}; rerun {row.rerun_s:.1f} s")  # fmt: skip
 
 
 def main() -> int:

@@ -12,12 +12,13 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-from campaign import below, cmdline, is_alive, wait
+from campaign_table import by_fault, by_run, code_of, go_on
 from cluster_faults import FAULTS, NAMES, NUM_STEPS, Fault, Place
 from hosts_on_one_machine import LOGIN, Hosts, hosts
+from processes import below, cmdline, comes_true, is_alive
 from train_builders import losses, prepare_run, rank_environment, tiny_run, tiny_store, train_ranks
 
 from train import hostfile
@@ -51,6 +52,11 @@ class Row:
     error: float  # the largest difference of a loss from the run that nothing disturbed; -1: steps are missing
     nobody_left: bool
     gone_s: float  # until that was so, once the run had ended (and the host was no longer frozen)
+
+    @property
+    def where(self) -> str:
+        """The fault, and where it met the run."""
+        return f"{self.fault} on {self.host}"
 
     @property
     def is_sound(self) -> bool:
@@ -132,8 +138,10 @@ def one_run(number: int, made: Hosts, work: Path, truth: list[float]) -> Row:
     is_due = (
         (lambda: "they meet at" in log.read_text()) if fault.step < 0 else (lambda: num_done(place.out) > fault.step)
     )
-    assert wait(lambda: process.poll() is not None or is_due(), PATIENCE_S) and process.poll() is None, log.read_text()
-    wait(lambda: fault.step >= 0 or bool(place.of_kind(fault.host, b"worker")))
+    assert comes_true(lambda: process.poll() is not None or is_due(), PATIENCE_S) and process.poll() is None, (
+        log.read_text()
+    )
+    comes_true(lambda: fault.step >= 0 or bool(place.of_kind(fault.host, b"worker")))
     time.sleep(fault.after_s)
     [launcher] = [pid for pid in below(process.pid) if cmdline(pid).split(b"\0")[1:4] == [b"-m", b"train", b"train"]]
     everybody = {launcher, *(pid for name in NAMES for pid in place.ours(name))}
@@ -142,7 +150,7 @@ def one_run(number: int, made: Hosts, work: Path, truth: list[float]) -> Row:
     place.strike(fault, launcher)
     pattern = FAULTS[fault.kind][0].format(host=fault.host)
     found: list[re.Match[str]] = []
-    wait(lambda: bool(pattern and found.extend(re.finditer(pattern, log.read_text()))) or bool(found) or
+    comes_true(lambda: bool(pattern and found.extend(re.finditer(pattern, log.read_text()))) or bool(found) or
          process.poll() is not None, PATIENCE_S)  # fmt: skip
     named_s = round(time.monotonic() - struck_s, 1) if found else None
     code = ended(process)
@@ -183,16 +191,11 @@ def left_none(place: Place, everybody: set[int]) -> bool:
     def is_empty() -> bool:
         return not any(map(is_alive, everybody)) and not any(place.ours(name) for name in NAMES)
 
-    return wait(is_empty, LEAVING_S)
+    return comes_true(is_empty, LEAVING_S)
 
 
 def lines_of(path: Path) -> list[str]:
     return path.read_text().splitlines() if path.exists() else []
-
-
-def rows_of(table: Path) -> list[Row]:
-    """What earlier campaigns have found."""
-    return [Row(**json.loads(line)) for line in lines_of(table)]
 
 
 def seconds(value: float | None) -> str:
@@ -201,50 +204,40 @@ def seconds(value: float | None) -> str:
 
 def summary(rows: Sequence[Row]) -> str:
     """The table for people."""
+    head = ["host", "after step", "named after", "exit code", "went on from step", "with hosts", "rerun",
+            "largest error of a loss"]  # fmt: skip
     lines = ["# Faults of one host of three", "",
              f"{sum(row.is_sound for row in rows)} of {len(rows)} runs were sound: the fault was named within "
              f"{NAMED_S:g} s ({3 * NAMED_S:g} s where it shows at the next start alone), nothing was left running on "
              "any host, and all losses are within 1e-5 of a run that nothing disturbed, after the run had healed "
              "itself or, where it cannot, after the same command.", "",
-             "| fault | runs | sound | named after (slowest) | nothing left after | exit codes | slowest run, healed | "
-             "slowest rerun |",
-             "|---|---|---|---|---|---|---|---|"]  # fmt: skip
-    for kind in FAULTS:
-        if mine := [row for row in rows if row.fault == kind]:
-            named = seconds(max((row.named_s for row in mine if row.named_s is not None), default=None))
-            codes = ", ".join(sorted({"hung" if row.first_code is None else str(row.first_code) for row in mine}))
-            slowest = f"{max(row.first_s for row in mine):.0f} s | {max(row.rerun_s for row in mine):.0f} s"
-            sound = sum(row.is_sound for row in mine)
-            gone = seconds(max(row.gone_s for row in mine))
-            lines.append(f"| {kind} | {len(mine)} | {sound} | {named} | {gone} | {codes} | {slowest} |")
-    lines += ["", "| run | fault | host | after step | named after | exit code | went on from step | with hosts | "
-              "rerun | largest error of a loss | sound |", "|---|---|---|---|---|---|---|---|---|---|---|"]  # fmt: skip
-    for row in rows:
-        code = "hung" if row.first_code is None else str(row.first_code)
-        names = " ".join(host.split()[0] for host in row.went_on) or "-"
-        rerun = "-" if row.rerun_code is None else str(row.rerun_code)
-        lines.append(f"| {row.number} | {row.fault} | {row.host} | {row.step} | {seconds(row.named_s)} | {code} | "
-                     f"{row.from_step} | {names} | {rerun} | {row.error:.1e} | {row.is_sound} |")  # fmt: skip
-    unsound = [row for row in rows if not row.is_sound]
-    lines += ["", *(f"* not sound: run {row.number} ({row.fault} on {row.host}): {row.said}" for row in unsound)]
+             *by_fault(rows, slowest_named_after=slowest_named, nothing_left_after=lambda mine: seconds(
+                 max(row.gone_s for row in mine))),
+             *by_run(head, rows, lambda row: [
+                 row.host, row.step, seconds(row.named_s), code_of(row), row.from_step,
+                 " ".join(host.split()[0] for host in row.went_on) or "-",
+                 "-" if row.rerun_code is None else row.rerun_code, f"{row.error:.1e}"])]  # fmt: skip
     return "\n".join(lines).rstrip() + "\n"
+
+
+def slowest_named(rows: Sequence[Row]) -> str:
+    return seconds(max((row.named_s for row in rows if row.named_s is not None), default=None))
 
 
 def campaign(num_runs: int, table: Path, work: Path) -> list[Row]:
     """Do the next `num_runs` runs; returns their rows."""
     work.mkdir(parents=True, exist_ok=True)
     truth = undisturbed(work)
-    first = len(rows_of(table))
-    for number in range(first, first + num_runs):
+
+    def one(number: int) -> Row:
         with hosts(work / f"hosts{number}", NAMES) as made:
-            row = one_run(number, made, work, truth)
-        table.parent.mkdir(parents=True, exist_ok=True)
-        with open(table, "a") as file:
-            file.write(json.dumps(asdict(row), sort_keys=True) + "\n")
-        print(f"{number:4d} {row.fault:15s} on {row.host} after step {row.step:3d}: named after "
-              f"{seconds(row.named_s)}, code {row.first_code} in {row.first_s:.0f} s, from step {row.from_step}, "
-              f"rerun {row.rerun_code}, error {row.error:.1e}: "
-              f"{'sound' if row.is_sound else 'NOT SOUND ' + row.said}", flush=True)  # fmt: skip
-    rows = rows_of(table)
-    table.with_suffix(".md").write_text(summary(rows))
-    return rows[first:]
+            return one_run(number, made, work, truth)
+
+    return go_on(Row, table, num_runs, one, told, summary)
+
+
+def told(row: Row) -> str:
+    """A run in a line."""
+    return (f"{row.fault:15s} on {row.host} after step {row.step:3d}: named after {seconds(row.named_s)}, code "
+            f"{row.first_code} in {row.first_s:.0f} s, from step {row.from_step}, rerun {row.rerun_code}, error "
+            f"{row.error:.1e}")  # fmt: skip

@@ -11,11 +11,13 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
-from campaign import below, by_fault, ended, is_alive, wait
+from campaign import ended
+from campaign_table import by_fault, by_run, code_of, go_on
+from processes import below, comes_true, is_alive
 from starved import disk_of
 from train_builders import LAUNCHER, losses, prepare_run, rank_environment, tiny_run, tiny_store
 
@@ -51,7 +53,7 @@ def strike():
     for pid in [*(pid for pid in pids if pid != os.getpid()), os.getpid()]:
         try:
             os.kill(pid, signal.SIGKILL)
-        except ProcessLookupError:
+        except ProcessLookupError:  # it has ended by itself
             pass
 
 def struck(*args, **more):
@@ -93,6 +95,11 @@ class Row:
     same_state: bool  # of the last checkpoint, to the last bit
     nobody_left: bool  # no process of either went on
     said: str  # the last complaint
+
+    @property
+    def where(self) -> str:
+        """The fault, and where it met the run."""
+        return f"{self.fault}, {self.moment}"
 
     @property
     def is_sound(self) -> bool:
@@ -145,7 +152,7 @@ def launched(out: Path, fault: Fault) -> tuple[int | None, str, bool]:
         family |= {*below(process.pid)}
         time.sleep(0.02)
     code, said = ended(process)
-    return code, said, wait(lambda: not any(is_alive(pid) for pid in family), LEAVING_S)
+    return code, said, comes_true(lambda: not any(is_alive(pid) for pid in family), LEAVING_S)
 
 
 def state_of(root: Path) -> dict[str, str]:
@@ -226,26 +233,15 @@ def all_logs(out: Path) -> str:
     return "\n".join(path.read_text(errors="replace") for path in sorted((out / "logs").glob("rank-*.log")))
 
 
-def rows_of(table: Path) -> list[Row]:
-    """What earlier campaigns have found."""
-    lines = table.read_text().splitlines() if table.exists() else []
-    return [Row(**json.loads(line)) for line in lines]
-
-
 def summary(rows: Sequence[Row]) -> str:
     """The table for people."""
+    head = ["moment", "rank", "exit code", "newest whole", "went on from", "passed over"]
     lines = ["# Faults while training", "", f"{sum(row.is_sound for row in rows)} of {len(rows)} runs went on from the "
              "newest checkpoint that was sealed and whole, and ended with the losses and the state of the undisturbed "
              "run to the last bit, with no process left.", "",
-             *by_fault(rows)]  # fmt: skip
-    lines += ["", "| run | fault | moment | rank | exit code | newest whole | went on from | passed over | sound |",
-              "|---|---|---|---|---|---|---|---|---|"]  # fmt: skip
-    for row in rows:
-        code = "hung" if row.first_code is None else str(row.first_code)
-        lines.append(f"| {row.number} | {row.fault} | {row.moment} | {row.victim} | {code} | {row.sealed} | "
-                     f"{row.resumed} | {row.passed_over} | {row.is_sound} |")  # fmt: skip
-    unsound = [row for row in rows if not row.is_sound]
-    lines += ["", *(f"* not sound: run {row.number} ({row.fault}, {row.moment}): {row.said}" for row in unsound)]
+             *by_fault(rows),
+             *by_run(head, rows, lambda row: [row.moment, row.victim, code_of(row), row.sealed, row.resumed,
+                                              row.passed_over])]  # fmt: skip
     return "\n".join(lines).rstrip() + "\n"
 
 
@@ -254,15 +250,10 @@ def campaign(num_runs: int, table: Path, work: Path) -> list[Row]:
     work.mkdir(parents=True, exist_ok=True)
     truth = undisturbed(work)
     print(f"undisturbed: {truth.seconds:.1f} s of steps, {truth.num_bytes / 1e6:.1f} MB a checkpoint", flush=True)
-    first = len(rows_of(table))
-    for number in range(first, first + num_runs):
-        row = one_run(number, work, truth)
-        table.parent.mkdir(parents=True, exist_ok=True)
-        with open(table, "a") as file:
-            file.write(json.dumps(asdict(row), sort_keys=True) + "\n")
-        print(f"{number:4d} {row.fault:9s} {row.moment:10s} rank {row.victim}: code {row.first_code}, "
-              f"{row.error or row.damaged or 'no damage'}; whole {row.sealed}, went on from {row.resumed}: "
-              f"{'sound' if row.is_sound else 'NOT SOUND ' + row.said}", flush=True)  # fmt: skip
-    rows = rows_of(table)
-    table.with_suffix(".md").write_text(summary(rows))
-    return rows[first:]
+    return go_on(Row, table, num_runs, lambda number: one_run(number, work, truth), told, summary)
+
+
+def told(row: Row) -> str:
+    """A run in a line."""
+    return (f"{row.fault:9s} {row.moment:10s} rank {row.victim}: code {row.first_code}, "
+            f"{row.error or row.damaged or 'no damage'}; whole {row.sealed}, went on from {row.resumed}")  # fmt: skip

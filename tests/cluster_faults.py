@@ -12,8 +12,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
-from campaign import below, cmdline, is_alive
 from hosts_on_one_machine import Hosts
+from processes import below, cmdline, is_alive
 
 from train.rank_environment import extensions_dir
 

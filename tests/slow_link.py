@@ -60,7 +60,7 @@ class Direction:
 
     def take(self) -> None:
         """Let what has been sent begin its way: behind what was sent before."""
-        with contextlib.suppress(BlockingIOError):
+        with contextlib.suppress(BlockingIOError):  # nothing more has come
             while packet := os.read(self.source, MTU + 100):
                 if self._size + len(packet) > LONGEST:
                     continue

@@ -11,6 +11,7 @@ from pathlib import Path
 import campaign
 import pytest
 from campaign import FAULTS, Row, Truth
+from campaign_table import rows_of
 
 ROW = Row(
     number=0, fault="client", at_s=1.5, limit_mb=0.0, first_code=-9, first_s=2.0, met="shards", sealed=1, error="",
@@ -26,7 +27,7 @@ def test_a_campaign_goes_on_where_the_last_one_ended(tmp_path: Path, monkeypatch
     table = tmp_path / "bench" / "CAMPAIGN.jsonl"
     assert [row.number for row in campaign.campaign(3, table, tmp_path)] == [0, 1, 2]
     assert [row.number for row in campaign.campaign(2, table, tmp_path)] == [3, 4]
-    assert [row.number for row in campaign.rows_of(table)] == [0, 1, 2, 3, 4]
+    assert [row.number for row in rows_of(Row, table)] == [0, 1, 2, 3, 4]
     assert "5 of 5 runs ended with the same bytes" in table.with_suffix(".md").read_text()
 
 

@@ -102,7 +102,7 @@ def watch(process: "subprocess.Popen[str]", patience_s: float) -> dict[int, floa
 def status(pid: int) -> str:
     try:
         return Path(f"/proc/{pid}/status").read_text()
-    except OSError:
+    except OSError:  # it has ended
         return ""
 
 

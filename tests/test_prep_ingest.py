@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 from distributed import Client
+from processes import is_alive
 from store_builders import FakeRecipe, fake_planner, read_bytes_of, session, target, tree, write_plan
 
 from prep.__main__ import main
@@ -250,13 +251,6 @@ def children(pid: int) -> list[int]:
         int(child) for task in Path(f"/proc/{pid}/task").iterdir() for child in (task / "children").read_text().split()
     ]
     return [*below, *(deeper for child in below for deeper in children(child))]
-
-
-def is_alive(pid: int) -> bool:
-    try:
-        return "\nState:\tZ" not in Path(f"/proc/{pid}/status").read_text()
-    except FileNotFoundError:
-        return False
 
 
 def test_killed_in_the_middle_it_leaves_no_writer_and_the_next_run_ends_with_the_same_bytes(

@@ -11,11 +11,12 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from processes import is_alive, rank_log, rank_script, wait_for
 
 from train import agent, hostfile, launch, leftovers, nodes
 from train.events import Exit, Gone, Hello, Looked, Lost, Output, Pulse, Said, from_line, to_line
@@ -51,29 +52,6 @@ def env(tmp_path: Path) -> dict[str, str]:
     return {"PATH": os.environ["PATH"], "DS_ACCELERATOR": "cpu", "TORCH_EXTENSIONS_DIR": str(tmp_path / "extensions")}
 
 
-def python(code: str, *arguments: str) -> list[str]:
-    return [sys.executable, "-S", "-c", "import json, os, sys, time, signal\n" + code, *arguments]
-
-
-def log(tmp_path: Path, rank: int) -> str:
-    path = tmp_path / "logs" / f"rank-{rank:05d}.log"
-    return path.read_text(encoding="utf-8") if path.exists() else ""
-
-
-def wait(condition: Callable[[], Any], what: str, patience_s: float = 20.0) -> None:
-    deadline_s = time.monotonic() + patience_s
-    while not condition():
-        assert time.monotonic() < deadline_s, f"waited {patience_s:g} s for {what}"
-        time.sleep(0.02)
-
-
-def alive(pid: int) -> bool:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
-    except (FileNotFoundError, ProcessLookupError):
-        return False
-
-
 # ---------------------------------------------------------------- a launch over hosts
 
 
@@ -81,17 +59,17 @@ def test_ranks_of_all_hosts_get_every_argument_and_variable_whole(
     tmp_path: Path, env: dict[str, str], capsys: pytest.CaptureFixture[str]
 ) -> None:
     odd = {f"BRAINLOOM_{number}": value for number, value in enumerate(ODD)}
-    command = python("print(json.dumps([sys.argv[1:], dict(os.environ)]))", *ODD)
+    command = rank_script("print(json.dumps([sys.argv[1:], dict(os.environ)]))", *ODD)
     assert launch.launch(HOSTS, command, tmp_path / "logs", {**env, **odd, "HF_TOKEN": "a secret"}) == 0
     ports = set()
     for rank in range(3):
-        arguments, seen = json.loads(log(tmp_path, rank))
+        arguments, seen = json.loads(rank_log(tmp_path, rank))
         assert arguments == ODD and odd.items() <= seen.items() and seen["HF_TOKEN"] == "a secret"
         assert (seen["RANK"], seen["WORLD_SIZE"]) == (str(rank), "3")
         assert (seen["LOCAL_RANK"], seen["LOCAL_WORLD_SIZE"]) == (("0", "1"), ("0", "2"), ("1", "2"))[rank]
         ports.add((seen["MASTER_ADDR"], seen["MASTER_PORT"]))
     said = capsys.readouterr()
-    assert len(ports) == 1 and said.out == log(tmp_path, 0)
+    assert len(ports) == 1 and said.out == rank_log(tmp_path, 0)
     assert "node-b.invalid: ranks 1 to 2 of 3, agent " in said.err and "a secret" not in said.err
 
 
@@ -104,11 +82,11 @@ def test_the_first_error_of_any_rank_is_shown_with_its_host(
         "if os.environ['RANK'] == '2': raise OSError(28, 'No space left on device')\n"
         "time.sleep(60)"
     )
-    assert launch.launch(HOSTS, python(code), tmp_path / "logs", env) == 1
+    assert launch.launch(HOSTS, rank_script(code), tmp_path / "logs", env) == 1
     said = capsys.readouterr().err
     assert "rank 2 of 3 on node-b.invalid failed first and the others were stopped: exit code 1. Its last" in said
     assert "  | OSError: [Errno 28] No space left on device" in said
-    assert not alive(int(log(tmp_path, 1)))
+    assert not is_alive(int(rank_log(tmp_path, 1)))
 
 
 @pytest.mark.parametrize(
@@ -132,11 +110,11 @@ def test_an_agent_that_is_killed_or_frozen_is_named_and_all_is_ended(
         "time.sleep(60)"
     )
     began_s = time.monotonic()
-    assert launch.launch(HOSTS, python(code, str(tmp_path / "logs")), tmp_path / "logs", env) == LOST
+    assert launch.launch(HOSTS, rank_script(code, str(tmp_path / "logs")), tmp_path / "logs", env) == LOST
     assert time.monotonic() - began_s < 15
     assert f"launch: node-b.invalid (ranks 1 to 2 of 3) is lost: {says}" in capsys.readouterr().err
-    pids = [int(word) for rank in range(3) for word in log(tmp_path, rank).split()]
-    wait(lambda: not any(alive(pid) for pid in pids), "all to end")
+    pids = [int(word) for rank in range(3) for word in rank_log(tmp_path, rank).split()]
+    wait_for(lambda: not any(is_alive(pid) for pid in pids), "all to end")
 
 
 def test_a_rank_that_is_stopped_is_named_by_the_beats_that_its_agent_sends(
@@ -168,7 +146,7 @@ def test_hosts_that_do_not_answer_are_all_named_and_nothing_starts(
     monkeypatch.setattr(launch, "words_for", lambda hosts, env: words)
     hosts = [*HOSTS, Host("node-c.invalid", 2)]
     with pytest.raises(LaunchError, match=r"2 of 3 hosts are not there") as error:
-        launch.launch(hosts, python(f"open({str(tmp_path / 'started')!r}, 'w')"), tmp_path / "logs", env)
+        launch.launch(hosts, rank_script(f"open({str(tmp_path / 'started')!r}, 'w')"), tmp_path / "logs", env)
     assert "node-b.invalid (it cannot be reached (sh ended with 255: ssh: no route to host))" in str(error.value)
     assert "node-c.invalid (its agent does not start (sh ended with 127: python: not found))" in str(error.value)
     assert not (tmp_path / "started").exists()
@@ -179,7 +157,7 @@ def test_without_ssh_the_message_says_what_to_do(
 ) -> None:
     monkeypatch.setattr(launch, "words_for", lambda hosts, env: lambda host, words: ["/no/ssh", *words])
     with pytest.raises(LaunchError, match=r"cannot start '/no/ssh' on this machine: No such file .* Install it"):
-        launch.launch(HOSTS, python(""), tmp_path / "logs", env)
+        launch.launch(HOSTS, rank_script(""), tmp_path / "logs", env)
 
 
 def test_a_command_that_is_no_program_is_named_with_the_host(
@@ -196,7 +174,7 @@ def test_a_stale_lock_of_a_host_is_removed_and_said(
     lock.parent.mkdir(parents=True)
     lock.touch()
     os.utime(lock, (1000, 1000))
-    assert launch.launch(HOSTS, python(""), tmp_path / "logs", env) == 0
+    assert launch.launch(HOSTS, rank_script(""), tmp_path / "logs", env) == 0
     assert f"launch: node-a.invalid: removed {lock}: a build that was killed left it" in capsys.readouterr().err
     assert not lock.exists()
 
@@ -205,13 +183,13 @@ def launched(
     tmp_path: Path, env: dict[str, str], code: str, *arguments: str
 ) -> tuple["subprocess.Popen[str]", list[int]]:
     """A launcher in a process of its own, and the ids of its ranks, once all have said theirs."""
-    command = python("print(os.getpid(), flush=True)\n" + code, *arguments)
+    command = rank_script("print(os.getpid(), flush=True)\n" + code, *arguments)
     process = subprocess.Popen(
         [sys.executable, "-c", LAUNCHER, str(tmp_path / "logs"), *command],
         env={**env, "PYTHONPATH": str(ROOT)}, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
-    wait(lambda: all(log(tmp_path, rank).endswith("\n") for rank in range(3)), "the ranks to start")
-    return process, [int(log(tmp_path, rank).split()[0]) for rank in range(3)]
+    wait_for(lambda: all(rank_log(tmp_path, rank).endswith("\n") for rank in range(3)), "the ranks to start")
+    return process, [int(rank_log(tmp_path, rank).split()[0]) for rank in range(3)]
 
 
 def test_a_signal_to_the_launcher_reaches_the_ranks_of_all_hosts_which_save_and_leave(
@@ -227,14 +205,14 @@ def test_a_signal_to_the_launcher_reaches_the_ranks_of_all_hosts_which_save_and_
     process.send_signal(signal.SIGTSTP)
     process.send_signal(signal.SIGUSR1)  # before they can save: it waits for them
     time.sleep(0.5)
-    assert all(alive(pid) for pid in pids)
+    assert all(is_alive(pid) for pid in pids)
     (tmp_path / "ready").touch()
     _, said = process.communicate(timeout=20)
     assert process.returncode == STOPPED, said
     assert (
         "not stopped by Ctrl-Z" in said
         and "SIGUSR1, passed on to 3 process(es)" in said
-        and not any(alive(pid) for pid in pids)
+        and not any(is_alive(pid) for pid in pids)
     )
 
 
@@ -245,7 +223,7 @@ def test_a_stop_ends_all_hosts_and_its_number_is_the_code(
     process, pids = launched(tmp_path, env, "time.sleep(60)")
     process.send_signal(number)
     process.communicate(timeout=20)
-    assert process.returncode == 128 + number and not any(alive(pid) for pid in pids)
+    assert process.returncode == 128 + number and not any(is_alive(pid) for pid in pids)
 
 
 def test_a_launcher_that_is_killed_leaves_nothing_on_any_host(tmp_path: Path, env: dict[str, str]) -> None:
@@ -254,7 +232,7 @@ def test_a_launcher_that_is_killed_leaves_nothing_on_any_host(tmp_path: Path, en
     assert process.pid not in agents and len(set(agents)) == 2
     process.kill()
     process.communicate()
-    wait(lambda: not any(map(alive, [*pids, *agents])), "all to end")
+    wait_for(lambda: not any(map(is_alive, [*pids, *agents])), "all to end")
 
 
 # ---------------------------------------------------------------- an agent by itself
@@ -276,22 +254,22 @@ def order(process: "subprocess.Popen[str]", **content: Any) -> None:
 
 def test_an_agent_whose_stdin_ends_ends_its_ranks_and_itself(alone: "subprocess.Popen[str]", tmp_path: Path) -> None:
     task = launch.task_here(
-        Host("x", 1), python("print(os.getpid(), flush=True); time.sleep(60)"), tmp_path / "logs", "1"
+        Host("x", 1), rank_script("print(os.getpid(), flush=True); time.sleep(60)"), tmp_path / "logs", "1"
     )
     order(alone, task=vars(task), stale=[])
-    wait(lambda: log(tmp_path, 0), "the rank")
+    wait_for(lambda: rank_log(tmp_path, 0), "the rank")
     assert alone.stdin is not None
     alone.stdin.close()
-    assert alone.wait(timeout=10) == 1 and not alive(int(log(tmp_path, 0)))
+    assert alone.wait(timeout=10) == 1 and not is_alive(int(rank_log(tmp_path, 0)))
 
 
 def test_an_agent_that_hears_no_pulse_ends_its_ranks_and_itself(alone: "subprocess.Popen[str]", tmp_path: Path) -> None:
     task = launch.task_here(
-        Host("x", 1), python("print(os.getpid(), flush=True); time.sleep(60)"), tmp_path / "logs", "1"
+        Host("x", 1), rank_script("print(os.getpid(), flush=True); time.sleep(60)"), tmp_path / "logs", "1"
     )
     order(alone, task=vars(task), stale=[])
     began_s = time.monotonic()
-    assert alone.wait(timeout=agent.LOST_S + 10) == 1 and not alive(int(log(tmp_path, 0)))
+    assert alone.wait(timeout=agent.LOST_S + 10) == 1 and not is_alive(int(rank_log(tmp_path, 0)))
     assert time.monotonic() - began_s > agent.LOST_S - 1
 
 
@@ -301,7 +279,7 @@ def test_what_an_earlier_agent_of_the_same_mark_left_is_ended_and_no_other(tmp_p
     other = subprocess.Popen(sleeper, env={**os.environ, leftovers.MARK: "mark@n2"})
     front = subprocess.Popen(["sh", "-c", "sleep 60; true", "python -m train agent mark@n1"])  # as ssh has it
     try:
-        wait(lambda: b"sleep" in Path(f"/proc/{marked.pid}/cmdline").read_bytes(), "the processes")
+        wait_for(lambda: b"sleep" in Path(f"/proc/{marked.pid}/cmdline").read_bytes(), "the processes")
         assert leftovers.end_marked("mark@n1") == [marked.pid]
         assert marked.wait(timeout=5) == -signal.SIGKILL and other.poll() is None and front.poll() is None
     finally:

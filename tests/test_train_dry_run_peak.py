@@ -4,7 +4,6 @@ In: two presets on a store of 80 units. Out: bytes by formula, and as the kernel
 """
 
 import json
-import socket
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -22,6 +21,7 @@ from prep.store import Store
 from train.config import RunConfig, load
 from train.dry_run import job_of
 from train.memory import most
+from train.network import free_port
 from train.plan import plan_of, samples_of
 from train.sources import SourceTable
 from train.traffic import Machine, laptop
@@ -65,13 +65,6 @@ def measured(run: RunConfig, store: Path, folder: Path, ranks: int) -> int:
     command = [sys.executable, str(ROOT / "tests" / "measured_peak.py"), str(run_dir), str(warm_dir), free_port()]
     assert train_ranks(run_dir, slots=ranks, command=command) == 0
     return max(json.loads(path.read_text())["peak"] for path in run_dir.glob("peak-*.json"))
-
-
-def free_port() -> str:
-    """One that nothing listens on now."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return str(probe.getsockname()[1])
 
 
 def warm(run: RunConfig) -> RunConfig:

@@ -15,10 +15,11 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from processes import is_alive, rank_log, rank_script, wait_for
 
 from train import hostfile, launch, leftovers, rank_environment, ranks
 from train.exit_codes import STOPPED
@@ -39,37 +40,14 @@ def _own_extensions_and_no_name_server(tmp_path: Path, monkeypatch: pytest.Monke
     del ENV["TORCH_EXTENSIONS_DIR"]
 
 
-def _python(code: str, *arguments: str) -> list[str]:
-    return [sys.executable, "-S", "-c", "import os, sys, time, signal\n" + code, *arguments]
-
-
-def _log(tmp_path: Path, rank: int) -> str:
-    return (tmp_path / "logs" / f"rank-{rank:05d}.log").read_text(encoding="utf-8")
-
-
-def _wait(condition: Callable[[], bool], what: str) -> None:
-    deadline = time.monotonic() + 10
-    while not condition():
-        assert time.monotonic() < deadline, f"waited 10 s for {what}"
-        time.sleep(0.02)
-
-
-def _alive(pid: int) -> bool:
-    try:
-        state = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()[0]
-    except (FileNotFoundError, ProcessLookupError):
-        return False
-    return state not in "ZX"
-
-
 def test_every_rank_gets_its_environment_and_its_log(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    command = _python(
+    command = rank_script(
         "import json; print(json.dumps(dict(os.environ))); print(sys.argv[1], file=sys.stderr)", "a $b 'c"
     )
     assert launch.launch(HERE, command, tmp_path / "logs", {**ENV, "TORCHELASTIC_USE_AGENT_STORE": "True"}) == 0
     ports = set()
     for rank in (0, 1):
-        first, second = sorted(_log(tmp_path, rank).splitlines(), key=lambda line: line[0] != "{")
+        first, second = sorted(rank_log(tmp_path, rank).splitlines(), key=lambda line: line[0] != "{")
         env = json.loads(first)
         assert second == "a $b 'c"
         assert (env["RANK"], env["LOCAL_RANK"]) == (str(rank), str(rank))
@@ -78,7 +56,7 @@ def test_every_rank_gets_its_environment_and_its_log(tmp_path: Path, capsys: pyt
         assert "TORCHELASTIC_USE_AGENT_STORE" not in env
         ports.add(int(env["MASTER_PORT"]))
     assert len(ports) == 1
-    assert capsys.readouterr().out == _log(tmp_path, 0)
+    assert capsys.readouterr().out == rank_log(tmp_path, 0)
 
 
 def test_what_is_set_is_kept_and_what_is_not_has_a_default(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -100,12 +78,12 @@ def test_the_first_failing_rank_is_named_and_the_others_are_ended(
 ) -> None:
     code = "print('up', os.getpid(), flush=True)\nif os.environ['RANK'] == '1': sys.exit(3)\ntime.sleep(60)"
     start = time.monotonic()
-    assert launch.launch([Host("127.0.0.1", 3)], _python(code), tmp_path / "logs", ENV) == 3
+    assert launch.launch([Host("127.0.0.1", 3)], rank_script(code), tmp_path / "logs", ENV) == 3
     assert time.monotonic() - start < 5
     said = capsys.readouterr().err
     assert "rank 1 of 3 failed first and the others were stopped: exit code 3." in said
     assert str(tmp_path / "logs" / "rank-00001.log") in said and "  | up " in said
-    assert not any(_alive(int(_log(tmp_path, rank).split()[1])) for rank in range(3))
+    assert not any(is_alive(int(rank_log(tmp_path, rank).split()[1])) for rank in range(3))
 
 
 def test_the_last_traceback_is_shown_and_a_victim_is_not_blamed(
@@ -117,7 +95,7 @@ def test_the_last_traceback_is_shown_and_a_victim_is_not_blamed(
         "print('noise\\n' * 100)\n"
         "raise ValueError('window 17 is not finite')"
     )
-    assert launch.launch(HERE, _python(code), tmp_path / "logs", ENV) == 1
+    assert launch.launch(HERE, rank_script(code), tmp_path / "logs", ENV) == 1
     said = capsys.readouterr().err
     assert "rank 1 of 2 failed first and the others were stopped: exit code 1." in said
     assert "  | Traceback (most recent call last)" in said and "  | ValueError: window 17 is not finite" in said
@@ -126,7 +104,7 @@ def test_the_last_traceback_is_shown_and_a_victim_is_not_blamed(
 
 def test_a_rank_that_is_killed_is_named_with_its_signal(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     code = "if os.environ['RANK'] == '1': os.kill(os.getpid(), signal.SIGKILL)\ntime.sleep(60)"
-    assert launch.launch(HERE, _python(code), tmp_path / "logs", ENV) == 128 + 9
+    assert launch.launch(HERE, rank_script(code), tmp_path / "logs", ENV) == 128 + 9
     assert (
         "rank 1 of 2 failed first and the others were stopped: signal SIGKILL (out of memory?"
         in capsys.readouterr().err
@@ -148,15 +126,15 @@ def test_a_rank_that_ignores_sigterm_is_killed_with_its_helpers(
         "open(sys.argv[1], 'w').close()\n"
         "time.sleep(60)"
     )
-    assert launch.launch(HERE, _python(code, str(tmp_path / "ready")), tmp_path / "logs", ENV) == 1
-    pids = [int(word) for word in _log(tmp_path, 0).split()]
-    _wait(lambda: not any(_alive(pid) for pid in pids), "the rank and its helper to end")
+    assert launch.launch(HERE, rank_script(code, str(tmp_path / "ready")), tmp_path / "logs", ENV) == 1
+    pids = [int(word) for word in rank_log(tmp_path, 0).split()]
+    wait_for(lambda: not any(is_alive(pid) for pid in pids), "the rank and its helper to end")
 
 
 def test_a_second_launch_appends_to_the_logs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for word in ("one", "two"):
-        assert launch.launch([Host("localhost", 1)], _python(f"print('{word}')"), tmp_path / "logs", ENV) == 0
-    assert _log(tmp_path, 0) == "one\ntwo\n" == capsys.readouterr().out
+        assert launch.launch([Host("localhost", 1)], rank_script(f"print('{word}')"), tmp_path / "logs", ENV) == 0
+    assert rank_log(tmp_path, 0) == "one\ntwo\n" == capsys.readouterr().out
 
 
 LAUNCHER = """
@@ -172,14 +150,14 @@ sys.exit(launch([Host("localhost", 2)], sys.argv[2:], Path(sys.argv[1]), os.envi
 def _launcher(tmp_path: Path, code: str) -> tuple[subprocess.Popen[str], list[int]]:
     """Start a launcher of two ranks that say their pid, and wait until they have."""
     process = subprocess.Popen(
-        [sys.executable, "-W", "error", "-c", LAUNCHER, str(tmp_path / "logs"), *_python(code)],
+        [sys.executable, "-W", "error", "-c", LAUNCHER, str(tmp_path / "logs"), *rank_script(code)],
         env={**ENV, "PYTHONPATH": str(ROOT)},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
     )
     logs = [tmp_path / "logs" / f"rank-{rank:05d}.log" for rank in (0, 1)]
-    _wait(lambda: all(log.exists() and log.read_text().endswith("\n") for log in logs), "the ranks to start")
+    wait_for(lambda: all(log.exists() and log.read_text().endswith("\n") for log in logs), "the ranks to start")
     return process, [int(log.read_text().split()[0]) for log in logs]
 
 
@@ -196,8 +174,8 @@ def test_a_signal_to_the_launcher_reaches_every_rank_and_ends_everything(
     out, err = process.communicate(timeout=10)
     assert process.returncode == 128 + number
     assert f"{number.name}, passed on to 2 process(es)" in err and "saved" in out
-    assert all("saved" in _log(tmp_path, rank) for rank in (0, 1))
-    assert not any(_alive(pid) for pid in pids)
+    assert all("saved" in rank_log(tmp_path, rank) for rank in (0, 1))
+    assert not any(is_alive(pid) for pid in pids)
 
 
 def test_sigusr1_is_passed_on_and_a_second_sigterm_does_not_wait(tmp_path: Path) -> None:
@@ -211,13 +189,13 @@ def test_sigusr1_is_passed_on_and_a_second_sigterm_does_not_wait(tmp_path: Path)
     )
     process, pids = _launcher(tmp_path, code)
     process.send_signal(signal.SIGUSR1)
-    _wait(lambda: all("checkpoint" in _log(tmp_path, rank) for rank in (0, 1)), "the checkpoints")
+    wait_for(lambda: all("checkpoint" in rank_log(tmp_path, rank) for rank in (0, 1)), "the checkpoints")
     process.terminate()
-    _wait(lambda: all("no" in _log(tmp_path, rank) for rank in (0, 1)), "the refusals")
+    wait_for(lambda: all("no" in rank_log(tmp_path, rank) for rank in (0, 1)), "the refusals")
     assert process.poll() is None
     process.terminate()
     process.communicate(timeout=10)
-    assert process.returncode == 128 + signal.SIGTERM and not any(_alive(pid) for pid in pids)
+    assert process.returncode == 128 + signal.SIGTERM and not any(is_alive(pid) for pid in pids)
 
 
 @pytest.mark.parametrize("codes", [(85, 85), (85, 0)])
@@ -230,11 +208,13 @@ def test_only_where_all_ranks_have_saved_and_left_the_launcher_says_so(tmp_path:
     process.terminate()
     process.communicate(timeout=10)
     assert process.returncode == (STOPPED if codes == (85, 85) else 128 + signal.SIGTERM)
-    assert not any(_alive(pid) for pid in pids)
+    assert not any(is_alive(pid) for pid in pids)
 
 
 def test_ranks_that_a_batch_system_has_asked_to_stop_are_no_failure(tmp_path: Path) -> None:
-    assert launch.launch(HERE, _python("time.sleep(int(os.environ['RANK'])); sys.exit(85)"), tmp_path, ENV) == STOPPED
+    assert (
+        launch.launch(HERE, rank_script("time.sleep(int(os.environ['RANK'])); sys.exit(85)"), tmp_path, ENV) == STOPPED
+    )
 
 
 def test_memory_that_ranks_of_this_launch_share_is_given_back_and_no_other(tmp_path: Path) -> None:
@@ -266,10 +246,10 @@ def test_memory_that_a_killed_launch_has_left_is_given_back_unless_it_is_used_or
 def test_a_launcher_that_is_killed_leaves_no_orphans(tmp_path: Path) -> None:
     code = "signal.signal(signal.SIGTERM, signal.SIG_IGN)\nprint(os.getpid(), flush=True)\ntime.sleep(60)"
     process, pids = _launcher(tmp_path, code)
-    assert all(_alive(pid) for pid in pids)
+    assert all(is_alive(pid) for pid in pids)
     process.kill()
     process.communicate(timeout=10)
-    _wait(lambda: not any(_alive(pid) for pid in pids), "the ranks to end")
+    wait_for(lambda: not any(is_alive(pid) for pid in pids), "the ranks to end")
 
 
 def test_two_ranks_really_reduce_over_gloo(tmp_path: Path) -> None:
@@ -282,7 +262,7 @@ def test_two_ranks_really_reduce_over_gloo(tmp_path: Path) -> None:
         "dist.destroy_process_group()"
     )
     assert launch.launch(HERE, [sys.executable, "-c", code], tmp_path / "logs", ENV) == 0
-    assert all("sum 3.0" in _log(tmp_path, rank) for rank in (0, 1))
+    assert all("sum 3.0" in rank_log(tmp_path, rank) for rank in (0, 1))
 
 
 def test_a_lock_that_nobody_holds_is_removed_and_a_held_or_new_one_is_not(tmp_path: Path) -> None:
@@ -303,7 +283,7 @@ def test_the_launch_says_that_it_removed_a_lock(tmp_path: Path, capsys: pytest.C
     lock.parent.mkdir(parents=True)
     lock.touch()
     os.utime(lock, (1000, 1000))
-    assert launch.launch([Host("localhost", 1)], _python(""), tmp_path / "logs", ENV) == 0
+    assert launch.launch([Host("localhost", 1)], rank_script(""), tmp_path / "logs", ENV) == 0
     assert f"launch: removed {lock}: a build that was killed left it" in capsys.readouterr().err
 
 
@@ -311,9 +291,9 @@ def test_launches_that_cannot_start_say_why(tmp_path: Path) -> None:
     with pytest.raises(LaunchError, match=r"rank 0 cannot start '/no/program': No such file .* Check the command"):
         launch.launch(HERE, ["/no/program"], tmp_path / "logs", ENV)
     with pytest.raises(LaunchError, match=r"found no host; .* Run `make hostfile`"):
-        launch.launch([], _python(""), tmp_path / "logs", ENV)
+        launch.launch([], rank_script(""), tmp_path / "logs", ENV)
     with pytest.raises(LaunchError, match=r"hosts localhost, 127\.0\.0\.1 are all this machine; .* Keep one"):
-        launch.launch([Host("localhost", 1), Host("127.0.0.1", 1)], _python(""), tmp_path / "logs", ENV)
+        launch.launch([Host("localhost", 1), Host("127.0.0.1", 1)], rank_script(""), tmp_path / "logs", ENV)
 
 
 def _main(*argv: str) -> int:

@@ -129,7 +129,7 @@ class Agent:
     def _read(self) -> None:
         """Descriptors, not files: a thread that waits in one of those holds a lock that Python's end needs."""
         rest = b""
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError):  # the launcher has gone: as at the end of the pipe
             while chunk := os.read(0, 2**16):
                 *lines, rest = (rest + chunk).split(b"\n")
                 for line in lines:

@@ -94,5 +94,5 @@ def from_line(line: str) -> Event | None:
             return Looked([Stand(**stand) for stand in content["stands"]])
         event: Event = _KINDS[name](**content)
         return event
-    except (ValueError, KeyError, TypeError, AttributeError):
+    except (ValueError, KeyError, TypeError, AttributeError):  # not one of ours
         return None

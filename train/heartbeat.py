@@ -48,7 +48,7 @@ def read_beat(path: Path) -> Beat | None:
     """The last beat, or None while there is none to be read."""
     try:
         return Beat(**json.loads(path.read_text()))
-    except (OSError, ValueError, TypeError):
+    except (OSError, ValueError, TypeError):  # being written, or of other code
         return None
 
 

@@ -183,7 +183,7 @@ def read_ahead(items: Iterator[Batch], gpu: int | None = None) -> Generator[Batc
             try:
                 ready.put(item, timeout=0.1)
                 return
-            except queue.Full:
+            except queue.Full:  # look again whether anybody still wants it
                 continue
 
     def fill() -> None:

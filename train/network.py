@@ -13,7 +13,7 @@ SIOCGIFADDR = 0x8915
 
 @dataclass(frozen=True)
 class Way:
-    """The interface that leads to another host (\"\" where none is found), and this host's address on it."""
+    """The interface that leads to another host ("" where none is found), and this host's address on it."""
 
     interface: str
     address: str

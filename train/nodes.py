@@ -88,7 +88,7 @@ class Node:
         """After `terminate`, wait until it has; who does not come to an end is lost, and ends itself."""
         if self._errors.closed:
             return
-        with contextlib.suppress(subprocess.TimeoutExpired):
+        with contextlib.suppress(subprocess.TimeoutExpired):  # then SIGKILL
             self._process.wait(max(0.0, self._deadline_s - time.monotonic()))
         with contextlib.suppress(ProcessLookupError, PermissionError):  # nobody is left; macOS says the latter
             os.killpg(self._process.pid, signal.SIGKILL)
@@ -138,7 +138,7 @@ class Node:
 
     def _loss(self, is_over: bool, silent_s: float) -> Lost | None:
         if is_over:
-            with contextlib.suppress(subprocess.TimeoutExpired):
+            with contextlib.suppress(subprocess.TimeoutExpired):  # its pipe is closed: the code is told as None
                 self._process.wait(1.0)
             code, said = self._process.poll(), self.complaint()
             ended = f"{self._program} ended with {code}" + (f": {said}" if said else "")

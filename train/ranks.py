@@ -117,7 +117,7 @@ class Ranks:
     def finish(self) -> None:
         """After `terminate`, some seconds later, SIGKILL to the whole group of each, so that helpers go as well."""
         for one in self._started:
-            with contextlib.suppress(subprocess.TimeoutExpired):
+            with contextlib.suppress(subprocess.TimeoutExpired):  # then SIGKILL
                 one.process.wait(max(0.0, self._deadline_s - time.monotonic()))
             with contextlib.suppress(ProcessLookupError, PermissionError):  # nobody is left; macOS says the latter
                 os.killpg(one.process.pid, signal.SIGKILL)
@@ -193,7 +193,7 @@ class _Follower:
 
 def last_lines(one: Started) -> str:
     """The last traceback in this run's part of the log, or the last lines."""
-    with contextlib.suppress(OSError), open(one.log, "rb") as file:
+    with contextlib.suppress(OSError), open(one.log, "rb") as file:  # said below
         size = file.seek(0, os.SEEK_END)
         file.seek(max(one.log_start, size - 65536))
         lines = file.read().decode(errors="replace").rstrip().splitlines()

@@ -124,7 +124,7 @@ class RunFolder:
             try:
                 sizes = [file.stat().st_size for file in folder.rglob("*") if file.is_file()]
                 when = folder.stat().st_mtime
-            except FileNotFoundError:
+            except FileNotFoundError:  # pruned just now
                 continue
             sealed = (folder / "manifest.json").exists()
             found.append(Saved(int(folder.name.split("-")[1]), sum(sizes), when, sealed))

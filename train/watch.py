@@ -47,7 +47,7 @@ def main(args: argparse.Namespace) -> int:
             while not _is_over(folder):
                 time.sleep(args.every)
                 live.update(page(folder, time.time()), refresh=True)
-        except KeyboardInterrupt:
+        except KeyboardInterrupt:  # the way to leave
             pass
     return 0
 

@@ -34,12 +34,15 @@ class Watchdog:
     def __init__(self) -> None:
         self._pulses, self._seen = dict[str, Pulse](), dict[int, Seen]()
         self._looked_s = time.monotonic()
-        self.step: int | None = None  # of the furthest rank so far
+
+    @property
+    def step(self) -> int | None:
+        """Of the furthest rank, as far as anything has been heard."""
+        return max((beat.step for pulse in self._pulses.values() for beat in pulse.beats), default=None)
 
     def hear(self, host: str, pulse: Pulse) -> None:
         """A host has sent the beats of all its ranks."""
         self._pulses[host] = pulse
-        self.step = max((beat.step for beat in pulse.beats), default=self.step)
 
     def late(self) -> list[int]:
         """The late ranks once a phase has lasted too long; none until then. To be called often; looks once a second.

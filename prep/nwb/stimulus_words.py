@@ -48,8 +48,10 @@ QUANTITIES: dict[str, tuple[str, ...]] = {
     "units": ("units",),
     "side": ("side",),
     "stimulus": ("stimulus_name", "stimulus_type", "visual_stimulus"),
-    "picture": ("image_name", "image", "picture_name", "movie_name", "clip_name", "condition_hash", "movie_hash")
-    + ("clip_hash", "stimulus_hash", "stim_hash", "hash"),
+    "picture": (
+        *("image_name", "image", "picture_name", "movie_name", "clip_name"),
+        *("condition_hash", "movie_hash", "clip_hash", "stimulus_hash", "stim_hash", "hash"),
+    ),
     "picture_set": ("image_set", "stimulus_template_name", "template_name"),
     "on": ("stim_on_time", "stim_on_times", "stimulus_on_time", "stimulus_onset_time", "stim_onset_time"),
     "off": ("stim_off_time", "stim_off_times", "stimulus_off_time", "stimulus_offset_time", "stim_offset_time"),

@@ -12,18 +12,18 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).parents[2]
-sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-import store_builders  # noqa: E402
-from measure import Parts, measured  # noqa: E402
+import store_builders
+from measure import Parts, measured
 
-import prep.catalog  # noqa: E402
-import prep.nwb.join  # noqa: E402  what the planner imports when it is called
-import prep.recipe  # noqa: E402
-from prep.frames import writing_what_is_seen  # noqa: E402
-from prep.plan import SessionPlan  # noqa: E402
-from prep.tasks import plan_from_nwb  # noqa: E402
+import prep.catalog
+import prep.nwb.join  # what the planner imports when it is called
+import prep.recipe
+from prep.frames import writing_what_is_seen
+from prep.plan import SessionPlan
+from prep.tasks import plan_from_nwb
 
 NUM_FUNCTIONS = 45
 RUN = "test"  # as store_builders call the run that writes

@@ -17,22 +17,23 @@ from pathlib import Path
 import numpy as np
 import torch
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+
+from make_nwb import Size, cache, recording
+from measure import run as run_script
+from peers.environment import READING, interpreter
+from run import WORKER, Results, head
+from science.results import write_section
+from windows import WINDOW_NS, Read, Windows, copied_into, in_turns
+
+from prep.store import Session, Store
+from train import config
+from train.build import model_config
+from train.loader import TrainingSamples, batches, read_ahead
+
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
-sys.path[:0] = [str(HERE), str(ROOT)]
-
-from make_nwb import Size, cache, recording  # noqa: E402
-from measure import run as run_script  # noqa: E402
-from peers.environment import READING, interpreter  # noqa: E402
-from run import WORKER, Results, head  # noqa: E402
-from science.results import write_section  # noqa: E402
-from windows import WINDOW_NS, Read, Windows, copied_into, in_turns  # noqa: E402
-
-from prep.store import Session, Store  # noqa: E402
-from train import config  # noqa: E402
-from train.build import model_config  # noqa: E402
-from train.loader import TrainingSamples, batches, read_ahead  # noqa: E402
-
 MEMMAP, OWN, WHOLE = "bare memmap, places known", "Brainloom's reader", "whole windows, as batches"
 NUM_WINDOWS, BATCH = 5_000, 16
 MIN_SHARE, MIN_DELIVERED, MAX_OPEN_MS, MAX_SIZE = 0.5, 2_000.0, 0.4, 1.05

@@ -21,19 +21,20 @@ from typing import Any
 
 import numpy as np
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+
+from make_nwb import Size, cache, recording
+from measure import Cost, run, run_command
+from peers.environment import PEERS, TORCH_BRAIN, interpreter
+from science.results import write_section
+from sessions import small_sessions
+
+from prep.cluster import KEPT_BYTES, MALLOC
+from prep.shards import Rows, rows_spec
+
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
-sys.path[:0] = [str(HERE), str(ROOT)]
-
-from make_nwb import Size, cache, recording  # noqa: E402
-from measure import Cost, run, run_command  # noqa: E402
-from peers.environment import PEERS, TORCH_BRAIN, interpreter  # noqa: E402
-from science.results import write_section  # noqa: E402
-from sessions import small_sessions  # noqa: E402
-
-from prep.cluster import KEPT_BYTES, MALLOC  # noqa: E402
-from prep.shards import Rows, rows_spec  # noqa: E402
-
 SECTIONS = ("limit", "prep", "workers", "memory", "peers", "sessions")
 MAX_OVER_LIMIT, MAX_PEAK_MB, MAX_GROWTH, MIN_SPEEDUP = 1.5, 700.0, 1.10, 1.6
 MAX_OVERHEAD_S, MAX_RERUN_S = 0.2, 5.0

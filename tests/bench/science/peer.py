@@ -9,12 +9,12 @@ from pathlib import Path
 
 from bench.science import protocol
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from measure import Cost, run
+from peers.environment import Peer, interpreter
+
 HERE = Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE.parent))
-
-from measure import Cost, run  # noqa: E402
-from peers.environment import Peer, interpreter  # noqa: E402
-
 POYO = Peer(
     name="POYO, torch-brain 0.2.1",
     requirements=("torch-brain==0.2.1", "torch==2.13.0"),

@@ -19,11 +19,12 @@ import torch
 from torch_brain.models import POYO
 from torch_brain.models.poyo import create_linspace_latent_tokens, create_start_end_unit_tokens
 
-sys.path[:0] = [str(Path(__file__).resolve().parents[2]), str(Path(__file__).resolve().parents[1])]
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from bench.science import protocol  # noqa: E402
-from bench.science.recordings import Recording, read  # noqa: E402
-from measure import measured  # noqa: E402
+from bench.science import protocol
+from bench.science.recordings import Recording, read
+from measure import measured
 
 WINDOW_S = 1.0
 ASKED_S = {"hd_acausal": 0.5, "hd_causal": 1.0}  # where in the window the query stands
