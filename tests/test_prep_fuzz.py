@@ -15,8 +15,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
-from campaign import below
 from fuzz_nwb import TURNS, damaged, sound_files
+from processes import below
 
 from prep.store import Store
 from prep.verify import verify

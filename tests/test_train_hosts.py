@@ -12,8 +12,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from campaign import below, cmdline, wait
 from hosts_on_one_machine import Hosts, hosts, why_not
+from processes import below, cmdline, comes_true
 from slurm_on_one_machine import slurm
 from slurm_on_one_machine import why_not as why_no_slurm
 from train_builders import ROOT, losses, prepare_run, rank_environment, tiny_run, tiny_store, train_ranks
@@ -123,7 +123,7 @@ def test_a_run_over_two_hosts_saves_on_a_signal_goes_on_and_has_the_losses_of_on
             three.words("login", list(map(str, command))), cwd=ROOT, env=env, stdout=said, stderr=said, text=True
         )
         rows = tmp_path / "two" / "metrics.jsonl"
-        assert wait(lambda: process.poll() is not None or (rows.exists() and rows.read_text()), 300)
+        assert comes_true(lambda: process.poll() is not None or (rows.exists() and rows.read_text()), 300)
         [launcher] = [
             pid for pid in below(process.pid) if cmdline(pid).split(b"\0")[1:4] == [b"-m", b"train", b"train"]
         ]
@@ -135,6 +135,29 @@ def test_a_run_over_two_hosts_saves_on_a_signal_goes_on_and_has_the_losses_of_on
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     assert "resuming from" in done.stdout and "n2: rank 1 of 2, agent " in done.stderr
     assert max(abs(a - b) for a, b in zip(losses(one), losses(tmp_path / "two"), strict=True)) < 1e-5
+
+
+def test_make_hostfile_doctor_and_train_take_three_hosts_and_the_losses_are_those_of_one(
+    three: Hosts, store: Path, tmp_path: Path
+) -> None:
+    run = tiny_run(num_steps=4, global_batch_size=6, micro_batch_size=1)
+    one = prepare_run(tmp_path / "one", store, run)
+    assert train_ranks(one, slots=2) == 0
+    run.save(tmp_path / "run.yaml")
+    values = [
+        f"{name}={value}"
+        for name, value in {
+            "RUN": tmp_path / "run.yaml",
+            "STORE": store,
+            "OUT": tmp_path / "three",
+            "HOSTFILE": tmp_path / "cluster",
+        }.items()
+    ]
+    for words in (["hostfile", "NODES=n[1-3]", "SLOTS=1"], ["doctor"], ["train"]):
+        done = _make(three, tmp_path, *words, *values)
+        assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    assert "n3: rank 2 of 3, agent " in done.stderr
+    assert max(abs(a - b) for a, b in zip(losses(one), losses(tmp_path / "three"), strict=True)) < 1e-5
 
 
 # A launch of its own on two nodes, which is asked to save after some seconds; argv: the folder of logs.
