@@ -22,7 +22,7 @@ VERBATIM := NODES SLOTS HOSTFILE STORE OUT RUN RUN_DIR HUB REPO RECIPE DATASET S
 $(foreach name,$(VERBATIM),$(eval override export $(name) := $$(value $(name))))
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-all bench bench-science bench-gpu bench-trainer bench-scaling check lint prep inspect verify report hostfile doctor dry-run train sbatch train-report eval audit export adapt push campaign
+.PHONY: help install demo test test-all bench bench-science bench-gpu bench-trainer bench-scaling check lint prep inspect verify report hostfile stage doctor dry-run train sbatch train-report eval audit export adapt push campaign
 
 help:  ## print this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-13s %s\n", $$1, $$2}'
@@ -86,6 +86,9 @@ report: .venv/installed  ## STORE=store [OUT=report.html]: what it holds, as one
 
 hostfile: .venv/installed  ## [NODES="a b"] [SLOTS=8]: from SLURM, PBS, LSF, MPI, a list or this machine -> hostfiles/cluster
 	$(PY) -m train hostfile --out "$$HOSTFILE" $(ARGS)
+
+stage: .venv/installed  ## [HOSTFILE=hostfiles/cluster] [RUN=x.yaml] [ARGS=--install]: the code onto hosts that share no disk, by ssh
+	$(PY) -m train stage --hostfile "$$HOSTFILE" --config "$$RUN" $(ARGS)
 
 doctor: .venv/installed  ## [HOSTFILE=hostfiles/cluster] [STORE=store] [RUN=x.yaml] [OUT=runs/x]: is every host fit to train?
 	$(PY) -m train doctor --hostfile "$$HOSTFILE" --store "$$STORE" --config "$$RUN" --out "$${OUT:-runs}" $(ARGS)

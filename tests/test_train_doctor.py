@@ -334,7 +334,7 @@ def test_two_processes_measure_their_pair_and_the_first_of_them_tells() -> None:
     port = doctor_probe.interface("127.0.0.1", {})["port"]
     task = {"names": ["a", "b"], "address": "127.0.0.1", "port": port, "interface": "lo", "use_gpu": False}
     commands = [[sys.executable, "-m", "train", "doctor-pairs"]] * 2
-    answers = on_hosts.ask_all(commands, [json.dumps({**task, "rank": rank}) for rank in (0, 1)], 250.0)
+    answers = on_hosts.ask_all(commands, [json.dumps({**task, "rank": rank}).encode() for rank in (0, 1)], 250.0)
     first, second = (json.loads(answer.out.removeprefix(doctor_probe.MARK)) for answer in answers)
     assert [result["pair"] for result in first] == [["a", "b"]] and first[0]["gbit_s"] > 0 and not second
     assert 1 < first[0]["latency_us"] < 1e6, "something between a microsecond and a second"
@@ -362,7 +362,7 @@ def test_a_host_that_does_not_come_is_an_error_of_its_pairs_and_costs_the_others
 def test_a_host_that_hangs_costs_its_time_out_and_is_named() -> None:
     begun = time.monotonic()
     sleep = [sys.executable, "-c", "import time; print('x', flush=True); time.sleep(60)"]
-    late, other = on_hosts.ask_all([sleep, ["cat"]], ["", "text"], 2.0)
+    late, other = on_hosts.ask_all([sleep, ["cat"]], [b"", b"text"], 2.0)
     assert (late.code, late.out, late.reached) == (None, "x\n", False)
     assert (other.code, other.out, other.reached) == (0, "text", True)
     assert time.monotonic() - begun < 20

@@ -3,11 +3,13 @@
 In: hosts in namespaces of this machine, a tiny store. Out: what the commands print, losses, and nothing left behind.
 """
 
+import io
 import os
 import shlex
 import signal
 import subprocess
 import sys
+import tarfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -18,7 +20,7 @@ from slurm_on_one_machine import slurm
 from slurm_on_one_machine import why_not as why_no_slurm
 from train_builders import ROOT, losses, prepare_run, rank_environment, tiny_run, tiny_store, train_ranks
 
-from train import hostfile
+from train import hostfile, stage
 from train.exit_codes import STOPPED
 from train.hostfile import Host
 
@@ -158,6 +160,55 @@ def test_make_hostfile_doctor_and_train_take_three_hosts_and_the_losses_are_thos
         assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     assert "n3: rank 2 of 3, agent " in done.stderr
     assert max(abs(a - b) for a, b in zip(losses(one), losses(tmp_path / "three"), strict=True)) < 1e-5
+
+
+def test_hosts_that_do_not_share_the_code_get_it_by_make_stage_and_the_doctor_finds_them_well(
+    three: Hosts, store: Path, tmp_path: Path
+) -> None:
+    code = tmp_path / "the code"
+    code.mkdir()
+    with tarfile.open(fileobj=io.BytesIO(stage.packed(ROOT, None))) as tar:
+        tar.extractall(tmp_path, filter="data")
+    (tmp_path / "code").rename(code)
+    for name in ("n2", "n3"):
+        three.inside(name, "mount", "-t", "tmpfs", "tmpfs", str(code))
+    hostfile.write(tmp_path / "cluster", [Host(name, 1) for name in three.names], "test")
+    tiny_run(num_steps=2, global_batch_size=6, micro_batch_size=1).save(tmp_path / "run.yaml")
+    values = {"HOSTFILE": tmp_path / "cluster", "RUN": tmp_path / "run.yaml", "STORE": store, "OUT": tmp_path / "out"}
+
+    def make(target: str) -> "subprocess.CompletedProcess[str]":
+        words = [f"{name}={value}" for name, value in values.items()]
+        command = ["make", "-s", "-o", ".venv/installed", f"PY={sys.executable}", target, *words]
+        return three.run(*command, cwd=code, env=_env(tmp_path))
+
+    without = make("doctor")
+    assert {(host, check) for host, check, *_ in _fails(without)} == {("n2", "code"), ("n3", "code")}, without.stdout
+    assert f"no code in {code}. Fix: put it there (`make stage`)" in without.stdout
+    staged = make("stage")
+    assert [line.split(maxsplit=3) for line in staged.stdout.splitlines()] == [
+        ["n1", "code", "ok", "sees this folder"],
+        ["n2", "code", "ok", "staged"],
+        ["n3", "code", "ok", "staged"],
+    ], staged.stderr
+    with_it = make("doctor")
+    assert not _fails(with_it) and with_it.returncode == 0, with_it.stdout + with_it.stderr
+    done = make("train")
+    assert done.returncode == 0 and len(losses(tmp_path / "out")) == 2, done.stdout[-3000:] + done.stderr[-3000:]
+
+
+def test_a_run_folder_that_a_host_does_not_see_is_said(three: Hosts, store: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    three.inside("n2", "mount", "-t", "tmpfs", "tmpfs", str(out))
+    tiny_run(num_steps=2).save(tmp_path / "run.yaml")
+    hostfile.write(tmp_path / "cluster", [Host("n1", 1), Host("n2", 1)], "test")
+    values = {"HOSTFILE": tmp_path / "cluster", "RUN": tmp_path / "run.yaml", "STORE": store, "OUT": out}
+    words = [f"{name}={value}" for name, value in values.items()]
+    done = _make(three, tmp_path, "doctor", *words)
+    assert [(host, check) for host, check, *_ in _fails(done)] == [("n2", "disk")], done.stdout
+    done = _make(three, tmp_path, "train", *words)
+    assert done.returncode == 2 and "The run folder must lie on a disk that all hosts share" in done.stderr
+    assert "rank 1 of 2 on n2 failed first" in done.stderr
 
 
 # A launch of its own on two nodes, which is asked to save after some seconds; argv: the folder of logs.

@@ -18,6 +18,7 @@ COMMANDS = {  # command: (module, what it does)
     "adapt": ("train.adapt", "give a hub folder identities for the units of another store; nothing of it is trained"),
     "push": ("train.push", "upload a hub folder to a model hub"),
     "hostfile": ("train.allocation", "write a hostfile from a scheduler, a list of nodes or this machine"),
+    "stage": ("train.stage", "put the code, and a run's YAML, on hosts that share no disk"),
     "doctor": ("train.doctor", "is every host fit to train? a line per check and host, with what mends it"),
     "dry-run": (
         "train.dry_run",

@@ -57,8 +57,8 @@ def main(args: argparse.Namespace) -> int:
         return 0
     context = Context(hosts, _needed_bytes(args.config, args.store))
     with _marker(args.out, len(hosts)) as marker:
-        questions = [asdict(_question(args, hosts, host, marker)) for host in hosts]
-        answers = ask_all([words(host, PROBE) for host in hosts], [json.dumps(each) for each in questions], PROBE_S)
+        questions = [json.dumps(asdict(_question(args, hosts, host, marker))).encode() for host in hosts]
+        answers = ask_all([words(host, PROBE) for host in hosts], questions, PROBE_S)
     found: Found = {}
     said: list[Line] = []
     for host, answer in zip(hosts, answers, strict=True):
@@ -144,7 +144,7 @@ def _answered(host: Host, answer: Answer, found: Found) -> Iterator[Line]:
         yield Line(host.name, "reachable", answer.last_line, fix)
     else:
         yield Line(host.name, "reachable", took)
-        fix = f"put the code in {os.getcwd()} and Python at {sys.executable} there too (`make install`), or share them"
+        fix = f"put the code in {os.getcwd()} and Python at {sys.executable} there too (`make stage`), or share them"
         yield Line(host.name, "python", answer.last_line, fix)
 
 
@@ -166,7 +166,7 @@ def _all_reduce(hosts: list[Host], found: Found, env: os._Environ[str]) -> tuple
     from train.doctor_pairs import time_limit_s  # imports torch: seconds
 
     words = words_for(usable, env)
-    tasks = [json.dumps(_task(rank, usable, found)) for rank in range(len(usable))]
+    tasks = [json.dumps(_task(rank, usable, found)).encode() for rank in range(len(usable))]
     answers = ask_all([words(host, PAIRS) for host in usable], tasks, time_limit_s(len(usable)))
     results = {host.name: _marked(answer.out) for host, answer in zip(usable, answers, strict=True)}
     said = [_no_pairs(host, answer) for host, answer in zip(usable, answers, strict=True) if results[host.name] is None]

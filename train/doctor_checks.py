@@ -93,7 +93,7 @@ def _versions(found: Found, context: Context) -> Iterator[Line]:
 
 
 def _code(found: Found, context: Context) -> Iterator[Line]:
-    bad, good = _split(found, "code", "look at the folder of the code there")
+    bad, good = _split(found, "code", "put it there (`make stage`), or share the folder")
     yield from bad
     texts = {
         host: f"digest {its['digest'][:12]}, revision {its['revision'] or 'unknown'}" for host, its in good.items()

@@ -58,7 +58,7 @@ def facts(question: Question) -> dict[str, Fact]:
     asked: dict[str, Callable[[], Fact]] = {
         "python": lambda: f"{sys.version.split()[0]} {sys.executable}",
         "versions": _versions,
-        "code": lambda: {"digest": code_digest(Path.cwd()), "revision": _revision()},
+        "code": _code,
         "gpus": _gpus,
         "processes": _processes,
         "locks": lambda: leftovers.locks(Path(question.extensions)),
@@ -112,6 +112,12 @@ def _revision() -> str:
         return revision + ("+" if _said("git", "status", "--porcelain", "--untracked-files=no").strip() else "")
     except (OSError, subprocess.CalledProcessError):
         return ""
+
+
+def _code() -> dict[str, str]:
+    if not Path("train/__main__.py").exists():
+        raise FileNotFoundError(f"no code in {Path.cwd()}")
+    return {"digest": code_digest(Path.cwd()), "revision": _revision()}
 
 
 def code_digest(root: Path) -> str:

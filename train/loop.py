@@ -18,6 +18,7 @@ import deepspeed
 import torch
 import torch.distributed as dist
 
+from prep.settings import ConfigError
 from prep.store import Store
 from train import chance, checkpoint, compiled, config, start
 from train.build import model_config
@@ -51,6 +52,11 @@ def main(args: argparse.Namespace) -> int:
         signal.signal(number, _request_stop)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGUSR1])  # one may have been waiting (train/ranks.py)
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")  # DeepSpeed's, each step
+    if not (args.out / "config.yaml").exists():
+        raise ConfigError(
+            f"{args.out} holds no config.yaml on this host. The run folder must lie on a disk that all hosts share: "
+            f"every rank writes its part of a checkpoint there. `make doctor OUT={args.out}` names those that do not."
+        )
     run, rank = config.load(args.out / "config.yaml"), int(os.environ["RANK"])
     heart = Heart(args.out / "logs", rank, FIRST_STEP * run.faults.watchdog_s)
     try:

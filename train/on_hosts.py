@@ -13,7 +13,6 @@ import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
 
 from train.hostfile import Host, addresses, is_this_machine, job_of, ssh_check
 
@@ -44,24 +43,23 @@ class Answer:
         return (own or lines or [f"exit code {self.code}"])[-1]
 
 
-def words_for(hosts: list[Host], env: Mapping[str, str]) -> Words:
-    """Return what turns an argv into one that runs it on a host, in this folder: itself where all is this machine."""
+def words_for(hosts: list[Host], env: Mapping[str, str], folder: str = "") -> Words:
+    """Return what turns an argv into one that runs it on a host, in this folder or another one; or here, as it is."""
     if len(hosts) == 1 and is_this_machine(hosts[0].name):
         return lambda host, words: words
     if job_of(env).startswith("SLURM") and shutil.which("srun", path=env.get("PATH")):
-        return _by_srun
-    return _by_ssh
+        return lambda host, words: _by_srun(host, words, folder or os.getcwd())
+    return lambda host, words: _by_ssh(host, words, folder or os.getcwd())
 
 
-def _by_srun(host: Host, words: list[str]) -> list[str]:
-    here = f"--chdir={Path.cwd()}"
-    step = ["--quiet", "--overlap", "--nodes=1", "--ntasks=1", "--cpu-bind=none", f"--nodelist={host.name}", here]
-    return ["srun", *step, *words]
+def _by_srun(host: Host, words: list[str], folder: str) -> list[str]:
+    step = ["--quiet", "--overlap", "--nodes=1", "--ntasks=1", "--cpu-bind=none", f"--nodelist={host.name}"]
+    return ["srun", *step, f"--chdir={folder}", *words]
 
 
-def _by_ssh(host: Host, words: list[str]) -> list[str]:
+def _by_ssh(host: Host, words: list[str], folder: str) -> list[str]:
     """ssh gives one string to the shell of the other side, the only one that reads what stands here."""
-    return [*ssh_check(host)[:-1], f"cd {shlex.quote(os.getcwd())} && exec {shlex.join(words)}"]
+    return [*ssh_check(host)[:-1], f"cd {shlex.quote(folder)} && exec {shlex.join(words)}"]
 
 
 def reached_at(host: Host) -> str:
@@ -69,17 +67,17 @@ def reached_at(host: Host) -> str:
     return min(addresses(host.name), default=host.name)
 
 
-def ask_all(commands: list[list[str]], texts: list[str], timeout_s: float) -> list[Answer]:
+def ask_all(commands: list[list[str]], texts: list[bytes], timeout_s: float) -> list[Answer]:
     """Run the commands at the same time, each with its text on stdin; the answers come in their order."""
     with ThreadPoolExecutor(max_workers=len(commands)) as pool:
         return list(pool.map(lambda command, text: _ask(command, text, timeout_s), commands, texts))
 
 
-def _ask(command: list[str], text: str, timeout_s: float) -> Answer:
+def _ask(command: list[str], text: bytes, timeout_s: float) -> Answer:
     began_s = time.time()
     code: int | None = None
     try:
-        done = subprocess.run(command, input=text.encode(), capture_output=True, timeout=timeout_s, check=False)
+        done = subprocess.run(command, input=text, capture_output=True, timeout=timeout_s, check=False)
         code, out, err = done.returncode, done.stdout, done.stderr
     except subprocess.TimeoutExpired as late:
         out, err = late.stdout or b"", late.stderr or b""
