@@ -222,7 +222,9 @@ def handmade_checkpoint(folder: Path, trained: Trained, step: int = 1, num_ranks
         save_file(fragments, folder / f"rank-{rank:05d}.safetensors")
     save_file(table_files.pack(trained.table.state(), trained.table.keys), folder / table_files.file_name(step, 0))
     shapes = {name: list(parameter.shape) for name, parameter in parameters.items()}
-    (folder / "state.json").write_text(json.dumps({"step": step, "shapes": shapes, "optimizer_steps": step}))
+    position = step * trained.run.train.global_batch_size
+    state = {"step": step, "position": position, "shapes": shapes, "optimizer_steps": step}
+    (folder / "state.json").write_text(json.dumps(state))
     seal(folder, step)
     return folder
 
