@@ -111,7 +111,7 @@ class Mirror:
             return
         check_credentials(self.url)
         names = self._there() if self._text(OURS) is None else {}
-        if names and not any(name == CATALOG or is_manifest(name) for name in names):
+        if names and not any(name in (OURS, CATALOG) or is_manifest(name) for name in names):  # OURS: since we asked
             raise StoreError(
                 f"{self.url} is neither empty nor a token store (it has no {CATALOG}). Give another --out."
             )

@@ -173,7 +173,8 @@ def test_one_graph_for_each_family_and_context_and_never_another(reader: WindowR
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:`torch.jit.script:DeprecationWarning")  # of torch itself, when it compiles
-def test_compiled_is_eager(reader: WindowReader) -> None:
+def test_compiled_is_eager(reader: WindowReader, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch._inductor.config.compile_threads", 1)  # else processes of torch's outlive the test
     model, inputs = moved_model(ONE_LAYER), batch(reader)
     torch._dynamo.reset()
     compiled = torch.compile(model, fullgraph=True, dynamic=False)
