@@ -289,6 +289,6 @@ def test_a_number_of_any_length_and_a_name_of_any_bytes_is_an_error_and_no_trace
         content = bytes(rng.choice(alphabet, size=int(rng.integers(0, 30))))
         try:
             hosts = read(_file(tmp_path, content))
-        except HostfileError:
+        except HostfileError:  # refused, with its line: as it should be
             continue
         assert all(1 <= host.slots <= 9999 for host in hosts)

@@ -22,8 +22,8 @@ ODD = 'it\'s; $(touch x) "q" `id`\n*'
 
 def _there(root: Path, content: bytes, config: Path | str = "", marker: str = ".stage-1") -> Line:
     """The other side, and what is made of its answer."""
-    words = ["sh", "-c", stage.UNPACK, "sh", str(root), str(config), str(root.parent / marker), sys.executable]
-    done = subprocess.run([*words, *stage.PARTS], input=content, capture_output=True, check=False)
+    words = [stage.MARK, str(root), str(config), str(root.parent / marker), sys.executable, *stage.PARTS]
+    done = subprocess.run(["sh", "-c", stage.UNPACK, "sh", *words], input=content, capture_output=True, check=False)
     answer = Answer(done.returncode, done.stdout.decode(), done.stderr.decode(), 0.0, 0.0)
     return stage.told(Host("n2", 1), answer, root)
 

@@ -33,12 +33,12 @@ NEXT = (
     "run folder on a disk that all of them share"
 )
 MARK = "brainloom-stage "  # before the answer: a login shell may print lines of its own
-# On the host; its arguments are the folder, the YAML ("": none), the marker, Python, and the names of the parts.
+# On the host; its arguments are MARK, the folder, the YAML ("": none), the marker, Python, and the names of the parts.
 UNPACK = r"""
 set -eu
-root=$1 config=$2 marker=$3 python=$4; shift 4
+mark=$1 root=$2 config=$3 marker=$4 python=$5; shift 5
 token=$(basename "$marker")
-say() { if [ -x "$python" ]; then echo "brainloom-stage $1 python"; else echo "brainloom-stage $1 none"; fi; }
+say() { if [ -x "$python" ]; then echo "$mark$1 python"; else echo "$mark$1 none"; fi; }
 if [ -e "$marker" ] || [ "$(cat "$root/.staged" 2> /dev/null)" = "$token" ]; then
   cat > /dev/null; say shared; exit 0
 fi
@@ -85,7 +85,7 @@ def main(args: argparse.Namespace) -> int:
     print(f"to {len(hosts)} host(s), into {root}: {what}", file=sys.stderr)
     words, lines = words_for(hosts, os.environ, folder="/"), list[Line]()
     with tempfile.NamedTemporaryFile(prefix=".stage-", dir=root) as marker:
-        command = ["sh", "-c", UNPACK, "sh", str(root), str(yaml or ""), marker.name, sys.executable, *PARTS]
+        command = ["sh", "-c", UNPACK, "sh", MARK, str(root), str(yaml or ""), marker.name, sys.executable, *PARTS]
         for host in hosts:  # one after the other: some may share a folder that this machine does not see
             [answer] = ask_all([words(host, command)], [content], SEND_S)
             lines.append(told(host, answer, root))
