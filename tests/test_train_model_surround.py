@@ -4,11 +4,21 @@ In: samples drawn at random, some not observed. Out: the same sums, means and ga
 """
 
 import math
+from itertools import pairwise
 
 import torch
 from torch import Tensor
 
-from train.model.surround_brainloom import DECAYS_S, NUM_OWN, NUM_SUMS, OWN_SPANS, SPANS, Surround, surround
+from train.model.surround_brainloom import (
+    DECAYS_S,
+    NUM_OWN,
+    NUM_SUMS,
+    OWN_SPANS,
+    OWN_TRACE_SPANS,
+    SPANS,
+    Surround,
+    surround,
+)
 
 HZ, NUM_TIMES, NUM_SOURCES = 50.0, 40, 3
 IS_SPIKES = torch.tensor([[True, False, True], [False, False, True]])
@@ -49,15 +59,20 @@ def expected(samples: dict[int, float], at: int, is_spikes: bool) -> tuple[list[
     def inside(first: int | None, stop: int | None) -> list[float]:
         return [] if first is None or stop is None else [x for step, x in samples.items() if first <= step < stop]
 
-    past = [inside(None if last is None else last + 1 - span, None if last is None else last + 1) for span in SPANS]
-    future = [inside(after, None if after is None else after + span) for span in SPANS]
+    def before(span: int) -> list[float]:
+        return inside(None if last is None else last + 1 - span, None if last is None else last + 1)
 
+    def behind(span: int) -> list[float]:
+        return inside(after, None if after is None else after + span)
+
+    past, future = [before(span) for span in SPANS], [behind(span) for span in SPANS]
     sums = [bent(sum(x) / math.sqrt(span)) for x, span in zip([*past, *future], 2 * SPANS, strict=True)]
     both = zip(past, future, SPANS, strict=True)
     sums += [bent((sum(a) + sum(b)) / math.sqrt(2 * span)) for a, b, span in both]
-    chosen = [SPANS.index(span) for span in OWN_SPANS]
-    means = [sum(x) / max(1, len(x)) for x in [*(past[i] for i in chosen), *(future[i] for i in chosen)]]
-    own = [bent(x) if is_spikes else x for x in means]
+    own = []
+    for side in (before, behind):
+        means = [sum(side(span)) / max(1, len(side(span))) for span in (OWN_SPANS if is_spikes else OWN_TRACE_SPANS)]
+        own += [bent(x) for x in means] if is_spikes else [means[0], *(b - a for a, b in pairwise(means))]
     gaps = [NUM_TIMES if last is None else at - last] * len(OWN_SPANS)
     gaps += [NUM_TIMES if after is None else after - at] * len(OWN_SPANS)
     faded = [x * math.exp(-gap / HZ / decay) for decay in DECAYS_S for x, gap in zip(own, gaps, strict=True)]

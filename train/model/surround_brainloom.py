@@ -11,6 +11,7 @@ visible, so that a forecast sees the same past from any time to come.
 Shapes: B batch, N visible tokens, P samples per token, S sources, G times of the readout grid, J spans.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -19,7 +20,8 @@ from torch.nn import functional as F
 
 SPANS = (1, 3, 8, 20, 60)  # steps of the readout grid: 20 ms to 1.2 s at 50 Hz
 NUM_SUMS = 3 * len(SPANS)  # before, after, both
-OWN_SPANS = (1, 3, 8, 60)  # of SPANS: what a source says of itself
+OWN_SPANS = (1, 3, 8, 60)  # what a unit with spikes says of itself
+OWN_TRACE_SPANS = (1, 5, 20, 75)  # and any other source: as close to every single sample as four spans come
 DECAYS_S = (0.1, 0.5)  # how what a source says of itself fades with its distance; and not at all
 NUM_OWN = 2 * len(OWN_SPANS) * (1 + len(DECAYS_S))
 EDGE = 1e-3  # of a step: a sample at the edge of two steps is in the later one, whatever is rounded
@@ -72,8 +74,11 @@ def surround(
     last = torch.where(count > 0, steps, -1).cummax(-1).values
     after = torch.where(count > 0, steps, num_times).flip(-1).cummin(-1).values.flip(-1)
 
-    def spans(x_BSG: Tensor, lengths: tuple[int, ...]) -> tuple[Tensor, Tensor]:
-        """Sums (B, S, G, J) over the spans that end with `last`, and over those that begin with `after`."""
+    def spans(x_BSG: Tensor, lengths: Sequence[int | Tensor]) -> tuple[Tensor, Tensor]:
+        """Sums (B, S, G, J) over the spans that end with `last`, and over those that begin with `after`.
+
+        Each of the J lengths is the same for all sources, or their own (B, S, 1).
+        """
         until = F.pad(x_BSG.cumsum(-1), (1, 0))  # until[g]: everything before step g
         ends, begins = until.gather(-1, last + 1), until.gather(-1, after)
         past = [ends - until.gather(-1, (last + 1 - length).clamp(min=0)) for length in lengths]
@@ -90,15 +95,24 @@ def surround(
     mean_gap = (gap.log1p() * seen[..., None, None]).sum(1) / num_seen[:, None, None]
     mean_gap = torch.where(seen.any(1)[:, None, None], mean_gap, gap.new_full((), num_times).log1p())
 
-    chosen = [SPANS.index(span) for span in OWN_SPANS]
-    means = torch.cat([past[..., chosen], future[..., chosen]], -1)
-    means = means / torch.cat(spans(count, OWN_SPANS), -1).clamp(min=1)
-    own = torch.where(is_spikes_BS[..., None, None], bent(means), means)
+    own_length = torch.where(is_spikes_BS[..., None], gap.new_tensor(OWN_SPANS), gap.new_tensor(OWN_TRACE_SPANS))
+    own_lengths = own_length.long()[:, :, None].unbind(-1)
+    means = torch.cat(spans(total, own_lengths), -1) / torch.cat(spans(count, own_lengths), -1).clamp(min=1)
+    own = torch.where(is_spikes_BS[..., None, None], bent(means), changes(means))
     fade = torch.exp(-gap[..., None, :] / readout_hz / gap.new_tensor(DECAYS_S)[:, None])  # (B, S, G, decays, 2)
     fade = torch.cat([torch.ones_like(fade[..., :1, :]), fade], -2).repeat_interleave(len(OWN_SPANS), -1)
     own = (own[..., None, :] * fade).flatten(-2)
     dtype = values_BNP.dtype
     return Surround(sums.to(dtype), own.to(dtype), mean_gap.to(dtype), num_seen)
+
+
+def changes(means: Tensor) -> Tensor:
+    """Of nested means (…, 2 J), past and future: the shortest, and how far each longer one is from the one before.
+
+    Nested means are much the same number, and Adam is slow to tell them apart (CONTRIBUTING.md, 2026-11-29).
+    """
+    sides = means.unflatten(-1, (2, -1))
+    return torch.cat([sides[..., :1], sides.diff(dim=-1)], -1).flatten(-2)
 
 
 def bent(x: Tensor) -> Tensor:
