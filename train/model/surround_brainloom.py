@@ -49,7 +49,7 @@ def surround(
     observed_BNP: Tensor,
     source_BN: Tensor,
     time_BNP: Tensor,
-    is_spikes_BS: Tensor,
+    is_counted_BS: Tensor,
     num_times: int,
     readout_hz: float,
 ) -> Surround:
@@ -57,7 +57,7 @@ def surround(
 
     Nothing of it is learned, and what comes in has no gradient.
     """
-    num_sources = is_spikes_BS.shape[1]
+    num_sources = is_counted_BS.shape[1]
     step = (time_BNP * readout_hz + EDGE).floor().long().clamp(0, num_times - 1)
     place = (source_BN[..., None] * num_times + step).flatten(1)
 
@@ -93,7 +93,7 @@ def surround(
     chosen = [SPANS.index(span) for span in OWN_SPANS]
     means = torch.cat([past[..., chosen], future[..., chosen]], -1)
     means = means / torch.cat(spans(count, OWN_SPANS), -1).clamp(min=1)
-    own = torch.where(is_spikes_BS[..., None, None], bent(means), means)
+    own = torch.where(is_counted_BS[..., None, None], bent(means), means)
     fade = torch.exp(-gap[..., None, :] / readout_hz / gap.new_tensor(DECAYS_S)[:, None])  # (B, S, G, decays, 2)
     fade = torch.cat([torch.ones_like(fade[..., :1, :]), fade], -2).repeat_interleave(len(OWN_SPANS), -1)
     own = (own[..., None, :] * fade).flatten(-2)
