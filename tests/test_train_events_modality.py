@@ -30,7 +30,7 @@ from prep import catalog
 from prep.plan import PlannedStream, SessionPlan
 from prep.settings import BIN_NS, EVENT_FIELDS, TOKEN_NS
 from prep.store import Store, StreamSpec
-from train import audit, event_counts, export
+from train import audit, event_counts, export, picture
 from train.build import build_model, model_config
 from train.config import FAMILIES, RunConfig
 from train.dataset import Window, WindowReader, budget, make_sample
@@ -42,6 +42,7 @@ from train.model.likelihoods_brainloom import Readout
 from train.model.processing_brainloom import BrainloomProcessor, Stream
 from train.trained import Trained, take_known_rows
 from train.unit_table import UnitTable
+from train.validation import Validation
 
 RUN = tiny_run()
 BEGIN_NS = 12_000_000 * SECOND_NS
@@ -335,6 +336,30 @@ def test_a_type_of_events_is_known_in_another_session_by_its_name(trained: Train
     unknown, matched = take_known_rows(table, set(keys), processor)
     assert unknown.tolist() == [False, False, True] and len(matched) == 2
     assert torch.equal(table.weight[0], processor.units["weight"][processor.unit_keys.index("d1/full/licks/left")])
+
+
+def test_events_are_scored_while_a_run_goes_on_as_they_are_in_evaluation_and_drawn(trained: Trained) -> None:
+    def predict(batch: dict[str, torch.Tensor], context_s: float) -> torch.Tensor:
+        left_out = {"labels", "label_mask", "unit_rows"}
+        embeds = trained.table.lookup(batch["unit_rows"]).detach()
+        with torch.no_grad():
+            output = trained.model(unit_embeds=embeds, **{n: x for n, x in batch.items() if n not in left_out})
+        predictions: torch.Tensor = output.predictions
+        return predictions
+
+    run = replace(RUN, validate_every=1, validate_windows=2)
+    scores = Validation(trained.store, run).score(predict, torch.device("cpu"))["scores"]
+    (score,) = [row for row in scores if row["of"] == "all" and row["modality"] == "events"]
+    rows = [row for row in evaluate(trained, "valid", References(None), 2) if row.task == DECODING]
+    (row,) = [row.summary() for row in rows]
+    assert score["num_values"] == row["num_values"] == 2 * 4 * 50 and row["streams"] == ["licks", "tones"]
+    assert score["deviance_explained"] == pytest.approx(row["deviance_explained"], abs=1e-5)
+    assert set(rows[0].column("null")) == set(
+        np.concatenate([trained.reader.sources(i).mean[trained.reader.sources(i).modality == EVENTS] for i in (0, 1)])
+    )
+    drawn = picture.figure(trained, "test", 2)
+    assert drawn is not None
+    assert any(axis.get_title().startswith("events: decoding from spikes") for axis in drawn.axes)
 
 
 # ---------------------------------------------------------------- learning

@@ -66,7 +66,5 @@ def test_intensities_are_in_order_of_time_and_of_the_types() -> None:
 @pytest.mark.parametrize("types", [[1, 3], []])
 def test_types_that_are_not_asked_for_alike_are_refused(types: list[int]) -> None:
     source = torch.tensor([[3, 1, 3]])
-    with pytest.raises(
-        ValueError, match=r"Types of events are asked for .* bins each; what happens next"
-    ):
+    with pytest.raises(ValueError, match=r"Types of events are asked for .* bins each; what happens next"):
         intensities(torch.ones(1, 3, 5), source, torch.zeros(1, 3), torch.tensor(types, dtype=torch.int64))
