@@ -13,6 +13,7 @@ from train_builders import ROOT, tiny_store
 
 from prep.settings import COUNT_MISSING, FEATURE_NAMES, MODALITIES, SPLITS
 from prep.store import Store
+from train import modalities
 from train.model import configuration_brainloom
 from train.model.configuration_brainloom import BrainloomConfig
 
@@ -99,7 +100,10 @@ def test_clocks_are_in_order_and_splits_do_not_overlap(tmp_path_factory: pytest.
 
 
 def test_train_and_prep_mean_the_same_by_a_modality_and_a_missing_count() -> None:
-    assert configuration_brainloom.MODALITIES == MODALITIES
+    assert configuration_brainloom.MODALITIES[: len(modalities.MODALITIES)] == modalities.MODALITIES
+    assert modalities.MODALITIES[: len(MODALITIES)] == MODALITIES, "an index of the store is one of the model"
+    assert configuration_brainloom.PREDICTED == modalities.PREDICTED
+    assert configuration_brainloom.COUNTED == modalities.COUNTED
     assert BrainloomConfig().num_unit_features == len(FEATURE_NAMES)
     assert COUNT_MISSING == 255, "train/export.py hands missing counts to strangers as NaN"
 

@@ -76,8 +76,8 @@ def samples(tmp_path_factory: pytest.TempPathFactory) -> TrainingSamples:
 
 
 def windows(*bad: int) -> torch.Tensor:
-    """Nats and values (2, 4, 3) of a step's four windows; traces are never asked for."""
-    nats, values = torch.ones(4, 3), torch.tensor([[10.0, 0.0, 5.0]] * 4)
+    """Nats and values (2, 4, 4) of a step's four windows; traces and events are never asked for."""
+    nats, values = torch.ones(4, 4), torch.tensor([[10.0, 0.0, 5.0, 0.0]] * 4)
     nats[list(bad), 2] = torch.inf
     return torch.stack([nats, values])
 

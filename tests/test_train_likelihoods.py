@@ -28,7 +28,7 @@ from train.model.likelihoods_brainloom import (
 )
 from train.model.processing_brainloom import source_null
 
-COUNTS = ("poisson", "negative_binomial")
+COUNTS = ("poisson", "point_process", "negative_binomial")
 VALUES = ("gaussian", "calcium", "student_t", "zero_inflated_gamma")
 LIMIT = 6.0
 MIXES = [
@@ -60,7 +60,7 @@ def by_scipy(family: str, readout: Readout) -> Any:
     )
     null, std = float(readout.null), np.exp(log_std)
     rate = null * np.exp(LIMIT * np.tanh(location / LIMIT))
-    if family == "poisson":
+    if family in ("poisson", "point_process"):
         return stats.poisson(rate)
     if family == "negative_binomial":
         size = 1 / (0.3 * np.exp(2 * np.tanh(shape / 2)))
@@ -319,7 +319,7 @@ def test_the_model_gives_intervals_on_request(tmp_path_factory: pytest.TempPathF
 
 
 def test_the_default_is_poisson_and_gaussian() -> None:
-    expected = {"spikes": "poisson", "traces": "gaussian", "behavior": "gaussian"}
+    expected = {"spikes": "poisson", "traces": "gaussian", "behavior": "gaussian", "events": "point_process"}
     assert BrainloomConfig().likelihoods == model_config(tiny_run()).likelihoods == expected
     assert BrainloomConfig(likelihoods={"traces": "student_t"}).likelihoods == {**expected, "traces": "student_t"}
 

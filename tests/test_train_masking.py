@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 from train_builders import SESSIONS, one_window, reader_of, tiny_run, tiny_store
 
-from prep.settings import MODALITIES
 from train.config import FAMILIES, Family
 from train.dataset import Window
 from train.masking import (
@@ -25,6 +24,7 @@ from train.masking import (
     is_activity,
     task_mask,
 )
+from train.modalities import MODALITIES
 
 SEEDS = range(8)
 

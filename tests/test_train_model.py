@@ -27,6 +27,7 @@ from train.build import build_model
 from train.config import FAMILIES, Family
 from train.dataset import Budget, Window, WindowReader, budget, make_sample
 from train.masking import Mask, draw_mask
+from train.modalities import PREDICTED
 from train.model.likelihoods_brainloom import sum_by_modality
 from train.model.modeling_brainloom import BrainloomForPreTraining
 
@@ -227,7 +228,7 @@ def test_nats_are_summed_by_modality_over_what_was_observed() -> None:
     excess = torch.tensor([[[1.0, 2.0], [4.0, 8.0], [16.0, 32.0]]])
     mask = torch.tensor([[[True, False], [True, True], [False, True]]])
     nats, counts = sum_by_modality(excess, mask, torch.tensor([[0, 2, 0]]))
-    assert nats.tolist() == [[33.0, 0.0, 12.0]] and counts.tolist() == [[2.0, 0.0, 2.0]]
+    assert nats.tolist() == [[33.0, 0.0, 12.0, 0.0]] and counts.tolist() == [[2.0, 0.0, 2.0, 0.0]]
 
 
 def test_the_loss_weighs_modalities_by_their_own_number_of_values(
@@ -235,7 +236,7 @@ def test_the_loss_weighs_modalities_by_their_own_number_of_values(
 ) -> None:
     monkeypatch.setattr(model.config, "scale_tempering", 0.0)
     output = model(**batch_of(reader, RUN, "inpainting", [masked(reader, "inpainting", "full")]))
-    weight = [model.config.modality_weights[name] for name in ("spikes", "traces", "behavior")]
+    weight = [model.config.modality_weights[name] for name in PREDICTED]
     nats, count = output.nats[0], output.num_values[0]
     expected = sum(w * float(n / c) for w, n, c in zip(weight, nats, count, strict=True) if c)
     assert float(output.loss) == pytest.approx(expected, rel=1e-6) and count[1] == 0 and count[0] and count[2]

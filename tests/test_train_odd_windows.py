@@ -28,7 +28,7 @@ from train.config import FAMILIES, Family
 from train.dataset import Window, WindowReader, collate
 from train.evaluate import References, evaluate
 from train.loader import TrainingSamples
-from train.masking import BEHAVIOR, SPIKES, TRACES, Mask, draw_mask
+from train.masking import BEHAVIOR, EVENTS, SPIKES, TRACES, Mask, draw_mask
 from train.model.modeling_brainloom import BrainloomForPreTraining
 
 RUN = tiny_run()
@@ -102,7 +102,8 @@ def masked(reader: WindowReader, family: Family, session: str) -> tuple[Window, 
 def values_asked(window: Window, mask: Mask) -> list[int]:
     """Observed values among what is asked, by modality."""
     return [
-        int(window.observed[mask.asked & (window.tokens.modality == kind)].sum()) for kind in (SPIKES, TRACES, BEHAVIOR)
+        int(window.observed[mask.asked & (window.tokens.modality == kind)].sum())
+        for kind in (SPIKES, TRACES, BEHAVIOR, EVENTS)
     ]
 
 

@@ -86,7 +86,7 @@ def infer_all(trained: Trained, session: int, known: Known) -> int:
     """Infer one session; says when there is nothing to infer from."""
     entry = trained.store.entries[session]
     name = f"{entry['dataset_id']}/{entry['session_id']}"
-    has = {stream["modality"] for stream in entry["streams"] if stream["kind"] != "event"}
+    has = {stream["modality"] for stream in entry["streams"]}
     if not has & {"behavior", "stimulus"}:
         say(f"{name}: no stimulus, no behaviour: new units have measured features only")
         return 0

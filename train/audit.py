@@ -18,7 +18,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from prep.settings import ACTIVITY, MODALITIES, Modality
+from prep.settings import ACTIVITY
+from prep.settings import MODALITIES as STORED
 from prep.store import Store
 from train import masking
 from train.audit_training import TrainingBatches, own_mask_share
@@ -27,19 +28,24 @@ from train.build import model_config
 from train.config import FAMILIES, Family
 from train.dataset import Window, WindowReader
 from train.evaluate import spread, suits
+from train.event_counts import as_read
 from train.masking import TASKS, Mask, Task, TokenTable, is_activity
+from train.modalities import MODALITIES, Modality
 from train.trained import Trained, load_trained
 
 TOLERANCE = 1e-5  # of what the order of a sum may change, relative to the largest prediction where that is above 1
 MOVED_NS = 40_000_000_000_000_123  # more than a year: absolute time in float32 does not survive it
-SEES: dict[Family, tuple[Modality, ...]] = {
+SEES: dict[Family, tuple[Modality, ...]] = {  # of the store's modalities: events are of behaviour, or of the stimulus
     "co_smoothing": ACTIVITY,
     "forecasting": ACTIVITY,
     "decoding": ACTIVITY,
     "encoding": ("behavior", "stimulus"),
+    "inpainting": STORED,
+}
+ASKS: dict[Family, tuple[Modality, ...]] = {  # activity elsewhere
+    "decoding": ("behavior", "events"),
     "inpainting": MODALITIES,
 }
-ASKS: dict[Family, tuple[Modality, ...]] = {"decoding": ("behavior",), "inpainting": MODALITIES}  # activity elsewhere
 REPLACEMENTS: tuple[Replacement, ...] = ("noise", "NaN", "other")
 CHECKS = {  # check: (what is wrong where it fails, what to look at)
     "mask": ("the mask shows what the task hides", "in train/masking.py"),
@@ -79,7 +85,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Case:
-    """Windows under a task: what it may see and ask for, what its masks say, and how it is predicted."""
+    """Windows under a task: what it may see (in the store's words), what it may ask for, its masks, its predictions."""
 
     name: str
     family: Family
@@ -104,11 +110,12 @@ def sample_times_ns(store: Store, window: Window) -> tuple[npt.NDArray[np.int64]
     first = np.repeat((window.token_ns - window.start_ns)[:, None], window.values.shape[1], axis=1)
     last = first.copy()
     for number in np.unique(stream_of):
-        stream, own = session.stream(entry["streams"][number]["name"]), stream_of == number
+        read, own = as_read(entry["streams"][number]), stream_of == number
+        stream = session.stream(read["name"])
         offset_ns = np.zeros(own.sum(), np.int64) if stream.offset_ns is None else stream.offset_ns[place[own]]
-        sample = np.arange(first.shape[1]) * (np.arange(first.shape[1]) < stream.spec.samples_per_token)
-        first[own] += offset_ns[:, None] + sample * stream.spec.sample_ns
-        last[own] = first[own] + (stream.spec.sample_ns - 1 if stream.spec.kind == "counts" else 0)
+        sample = np.arange(first.shape[1]) * (np.arange(first.shape[1]) < read["samples_per_token"])
+        first[own] += offset_ns[:, None] + sample * read["sample_ns"]
+        last[own] = first[own] + (read["sample_ns"] - 1 if read["kind"] in ("counts", "event") else 0)
     return first, last
 
 
@@ -125,7 +132,7 @@ def must_hide(store: Store, case: Case, number: int) -> tuple[Bools, Bools]:
     """Samples (n, P) and frames (F,) of a window that the task's definition hides, given what is asked for."""
     window, asked = case.windows[number], case.masks[number].asked
     tokens, row = window.tokens, window.sources.row
-    hidden = ~_is_one_of(tokens, case.sees) | asked
+    hidden = ~_stored_as(store, window, case.sees) | asked
     if case.family == "co_smoothing":  # the whole unit, in whichever stream it is
         hidden |= np.isin(row[tokens.source], row[tokens.source[asked]])
     samples = np.repeat(hidden[:, None], window.values.shape[1], axis=1)
@@ -137,6 +144,14 @@ def must_hide(store: Store, case: Case, number: int) -> tuple[Bools, Bools]:
 def _is_one_of(tokens: TokenTable, modalities: tuple[Modality, ...]) -> Bools:
     among: Bools = np.isin(tokens.modality, [MODALITIES.index(name) for name in modalities])
     return among
+
+
+def _stored_as(store: Store, window: Window, modalities: tuple[Modality, ...]) -> Bools:
+    """Which tokens (n,) come from streams of some modalities, as the store has them."""
+    streams = store.entries[window.session]["streams"]
+    among = np.array([stream["modality"] in modalities for stream in streams], np.bool_)
+    stored: Bools = among[window.sources.stream[window.tokens.source]]
+    return stored
 
 
 def mask_check(store: Store, case: Case) -> Row:
@@ -232,6 +247,8 @@ def read_twice(trained: Trained, label: str, session: int, num_windows: int) -> 
     opened = moved.store.session(session)
     for name in opened.stream_names:
         opened.stream(name).start_ns = opened.stream(name).start_ns + MOVED_NS
+    splits = opened.entry["splits"]
+    splits[:] = [(start + MOVED_NS, stop + MOVED_NS, block) for start, stop, block in splits]
     return [
         (trained.reader.read(session, start, context_ns), moved.read(session, start + MOVED_NS, context_ns))
         for start in spread(trained, label, session, num_windows)

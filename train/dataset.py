@@ -13,16 +13,19 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from prep.settings import COUNT_MISSING, MODALITIES, TOKEN_NS, ConfigError
-from prep.store import Store
+from prep.settings import COUNT_MISSING, TOKEN_NS, ConfigError
+from prep.store import Session, Store
 from train.config import DataConfig
+from train.event_counts import read_counts, read_types
 from train.frames import FrameReader
 from train.masking import Mask, TokenTable
+from train.modalities import COUNTED, MODALITIES
 from train.model.configuration_brainloom import BrainloomConfig
 from train.model.processing_brainloom import middle, source_null, standardise
-from train.sources import SourceTable, token_streams
+from train.sources import CHANNELED, SourceTable, token_streams
 
 Array = npt.NDArray[Any]
+IS_COUNTED = np.array([name in COUNTED for name in MODALITIES])
 
 
 @dataclass(frozen=True)
@@ -81,10 +84,11 @@ class Sources:
     mean: npt.NDArray[np.float32]  # (S,) of the train split
     scale: npt.NDArray[np.float32]  # (S,)
     stream: npt.NDArray[np.int64]  # (S,) index into the session's streams
-    place: npt.NDArray[np.int64]  # (S,) the source's place in its stream
+    place: npt.NDArray[np.int64]  # (S,) the source's place in its stream; of events, in its vocabulary
     offset_ns: npt.NDArray[np.int64]  # (S,) added to the start of its tokens
     duration_ns: npt.NDArray[np.int64]  # (S,) of its tokens
     sample_s: npt.NDArray[np.float32]  # (S,) of its samples
+    of_stimulus: npt.NDArray[np.bool_]  # (S,) is it a type of events of the stimulus
 
 
 @dataclass
@@ -98,7 +102,7 @@ class Window:
     token_ns: npt.NDArray[np.int64]  # (n,) absolute start on the stream's clock, without the source's offset
     sample_s: npt.NDArray[np.float32]  # (n,)
     values: npt.NDArray[np.float32]  # (n, P) standardised
-    labels: npt.NDArray[np.float32]  # (n, P) counts for spikes, standardised otherwise
+    labels: npt.NDArray[np.float32]  # (n, P) counts for spikes and events, standardised otherwise
     observed: npt.NDArray[np.bool_]  # (n, P)
     pixels: npt.NDArray[np.float32]  # (F, H, W) standardised
     frame_time_s: npt.NDArray[np.float32]  # (F,)
@@ -141,10 +145,14 @@ class WindowReader:
         return self._sources[index]
 
     def _sources_of(self, index: int, features: Array, number: int, stream: dict[str, Any]) -> Sources:
-        size, first = stream["num_sources"], stream["first_unit"]
-        opened = self.store.session(index).stream(stream["name"])
+        size, first, entry = stream["num_sources"], stream["first_unit"], self.store.entries[index]
+        opened, is_event = self.store.session(index).stream(stream["name"]), stream["kind"] == "event"
+        place, mean, scale = np.arange(size), opened.mean, opened.scale
+        if is_event:
+            place, mean = read_types(opened, entry["splits"])
+            scale = np.sqrt(mean)  # the variance of a Poisson count is its mean
         if first is None:
-            rows = self.source_table.channel_rows(self.store.entries[index], stream)
+            rows = self.source_table.channel_rows(entry, stream)[place]
             measured = np.zeros((size, features.shape[1]), np.float32)
         else:
             rows, measured = self.source_table.unit_rows(index, first, size), features[first : first + size]
@@ -152,13 +160,14 @@ class WindowReader:
             modality=np.full(size, MODALITIES.index(stream["modality"]), np.int64),
             row=rows,
             features=measured,
-            mean=opened.mean,
-            scale=opened.scale,
+            mean=mean,
+            scale=scale,
             stream=np.full(size, number),
-            place=np.arange(size),
+            place=place,
             offset_ns=np.zeros(size, np.int64) if opened.offset_ns is None else opened.offset_ns,
-            duration_ns=np.full(size, opened.spec.duration_ns),
-            sample_s=np.full(size, opened.spec.sample_ns / 1e9, np.float32),
+            duration_ns=np.full(size, stream["duration_ns"]),
+            sample_s=np.full(size, stream["sample_ns"] / 1e9, np.float32),
+            of_stimulus=np.full(size, is_event and opened.spec.modality == "stimulus"),
         )
 
     def read(
@@ -190,28 +199,39 @@ class WindowReader:
 
     def _read_tokens(self, index: int, sources: Sources, start_ns: int, stop_ns: int) -> Tokens:
         """All tokens that lie between the two times, on their streams' clocks."""
-        session, streams = self.store.session(index), []
-        for number, description in token_streams(self.store.entries[index]):
+        session = self.store.session(index)
+        parts: list[tuple[str, Array, Array, Array]] = []  # kind, sources, starts (k,), values (k, S, P)
+        for number, stream in token_streams(self.store.entries[index]):
             wanted = np.flatnonzero(sources.stream == number)
             if len(wanted):
-                stream = session.stream(description["name"])
-                end_ns = stop_ns - stream.spec.duration_ns + stream.spec.sample_ns // 100 + 1
-                streams.append((stream, stream.tokens(start_ns, end_ns), wanted))
-        num_tokens = sum((tokens.stop - tokens.start) * len(wanted) for _, tokens, wanted in streams)
+                parts.append(
+                    (stream["kind"], wanted, *_read_stream(session, stream, sources.place[wanted], start_ns, stop_ns))
+                )
+        num_tokens = sum(read.shape[0] * read.shape[1] for *_, read in parts)
         source, token_ns = np.empty(num_tokens, np.int64), np.empty(num_tokens, np.int64)
         values = np.full((num_tokens, self.samples_per_token), np.nan, np.float32)
         first = 0
-        for stream, tokens, wanted in streams:
-            read = stream.read(tokens).take(sources.place[wanted], axis=1)  # (tokens, sources, samples)
+        for kind, wanted, begins_ns, read in parts:
             shape, here = read.shape[:2], slice(first, first + read.shape[0] * read.shape[1])
             source[here].reshape(shape)[:] = wanted
-            token_ns[here].reshape(shape)[:] = stream.start_ns[tokens, None]
+            token_ns[here].reshape(shape)[:] = begins_ns[:, None]
             own = values[here].reshape(*shape, self.samples_per_token)[..., : read.shape[2]]
             own[:] = read
-            if stream.spec.kind == "counts":
+            if kind == "counts":
                 own[read == COUNT_MISSING] = np.nan
             first = here.stop
         return source, token_ns, values
+
+
+def _read_stream(
+    session: Session, description: dict[str, Any], place: Array, start_ns: int, stop_ns: int
+) -> tuple[npt.NDArray[np.int64], Array]:
+    """Starts (k,) and values (k, S, P) of the tokens of sources at some places that lie between the two times."""
+    stream = session.stream(description["name"])
+    if stream.spec.kind == "event":
+        return read_counts(stream, place, session.entry["splits"], start_ns, stop_ns)
+    tokens = stream.tokens(start_ns, stop_ns - stream.spec.duration_ns + stream.spec.sample_ns // 100 + 1)
+    return stream.start_ns[tokens], stream.read(tokens).take(place, axis=1)
 
 
 def _window(index: int, start_ns: int, sources: Sources, read: Tokens, frames: tuple[Array, Array]) -> Window:
@@ -223,11 +243,13 @@ def _window(index: int, start_ns: int, sources: Sources, read: Tokens, frames: t
         session=index,
         start_ns=start_ns,
         sources=sources,
-        tokens=TokenTable(modality, source, start_s, start_s + sources.duration_ns[source] / 1e9),
+        tokens=TokenTable(
+            modality, source, start_s, start_s + sources.duration_ns[source] / 1e9, sources.of_stimulus[source]
+        ),
         token_ns=token_ns,
         sample_s=sources.sample_s[source],
         values=standard,
-        labels=np.where((modality == 0)[:, None], values, standard),
+        labels=np.where(IS_COUNTED[modality][:, None], values, standard),
         observed=~np.isnan(values),
         pixels=frames[0],
         frame_time_s=frames[1],
@@ -237,9 +259,8 @@ def _window(index: int, start_ns: int, sources: Sources, read: Tokens, frames: t
 def _no_sources(num_features: int) -> Sources:
     """What a session of pixels alone has."""
     none, numbers = np.zeros(0, np.int64), np.zeros(0, np.float32)
-    return Sources(
-        none, none, np.zeros((0, num_features), np.float32), numbers, numbers, none, none, none, none, numbers
-    )
+    features, flags = np.zeros((0, num_features), np.float32), np.zeros(0, np.bool_)
+    return Sources(none, none, features, numbers, numbers, none, none, none, none, numbers, flags)
 
 
 def _joined(parts: list[Sources]) -> Sources:
@@ -276,7 +297,7 @@ def budget(store: Store, data: DataConfig, mix: str) -> Budget:
             if stream["first_unit"] is not None:
                 session_units += stream["num_sources"]
                 session_activity = max(session_activity, tokens // stream["num_sources"])
-            elif stream["modality"] == "behavior":
+            elif stream["modality"] in CHANNELED:
                 session_behavior += tokens
                 session_channels += stream["num_sources"]
         units, activity = max(units, min(session_units, data.max_units)), max(activity, session_activity)

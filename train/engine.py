@@ -155,7 +155,7 @@ class Engine:
     def train_step(self, micro_batches: list[dict[str, Tensor]], step: int) -> tuple[Tensor, Tensor]:
         """One optimizer step, or none where loss or gradient is not finite on any rank: then nothing moves on all.
 
-        Returns the mean loss of this rank, and nats and values of each of its W windows (2, W, 3).
+        Returns the mean loss of this rank, and nats and values of each of its W windows (2, W, M).
         """
         factor = lr_factor(step, self.config.train)
         for group in self.optimizer.param_groups:

@@ -14,8 +14,10 @@ import numpy as np
 import numpy.typing as npt
 
 from train.dataset import Window, Windows, split_windows
+from train.event_counts import as_read
 from train.masking import TASKS, Mask, Task, task_mask
 from train.metrics import deviance_explained
+from train.modalities import COUNTED
 from train.trained import Trained, load_trained
 
 Array = npt.NDArray[Any]
@@ -84,9 +86,13 @@ class References:
 
 def suits(task: Task, entry: dict[str, Any]) -> bool:
     """Does a session have what a task asks and sees? The stimulus alone is seen only where there is no behaviour."""
-    has = {stream["modality"] for stream in entry["streams"] if stream["kind"] != "event"}
-    alone = task.visible == ("stimulus",) and "behavior" in has
-    return {task.modality, *task.visible} <= has and not alone
+    seen, asked = ({stream["modality"] for stream in streams} for streams in (entry["streams"], _as_read(entry)))
+    alone = task.visible == ("stimulus",) and "behavior" in seen
+    return task.modality in asked and set(task.visible) <= seen and not alone
+
+
+def _as_read(entry: dict[str, Any]) -> list[dict[str, Any]]:
+    return [as_read(stream) for stream in entry["streams"]]
 
 
 def spread(trained: Trained, label: str, session: int, num_windows: int) -> list[int]:
@@ -132,7 +138,7 @@ def _add(
     asked = np.flatnonzero(mask.asked)
     stream_of = window.sources.stream[window.tokens.source[asked]]
     for number in np.unique(stream_of):
-        stream = entry["streams"][number]
+        stream = as_read(entry["streams"][number])
         reference = references.find(entry["session_id"], stream["name"], task)
         own = stream_of == number
         part = _columns(window, asked[own], prediction[own], stream, reference)
@@ -152,7 +158,7 @@ def _columns(
     observed = window.observed[asked, :num_samples]
     source = window.tokens.source[asked]
     sample_ns = window.token_ns[asked][:, None] + np.arange(num_samples) * stream["sample_ns"]
-    null = window.sources.mean[source] if stream["modality"] == "spikes" else np.zeros(len(source), np.float32)
+    null = window.sources.mean[source] if stream["modality"] in COUNTED else np.zeros(len(source), np.float32)
     columns = {
         "truth": window.labels[asked, :num_samples],
         "prediction": prediction[:, :num_samples],
@@ -164,7 +170,7 @@ def _columns(
     }
     if reference is not None:
         expected = _at(reference, sample_ns, columns["source"], stream["sample_ns"])
-        if stream["modality"] != "spikes":
+        if stream["modality"] not in COUNTED:
             expected = (expected - window.sources.mean[source][:, None]) / window.sources.scale[source][:, None]
         columns["reference"] = expected.astype(np.float32)
         observed = observed & np.isfinite(expected)

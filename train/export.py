@@ -19,13 +19,13 @@ import torch
 from torch import Tensor
 from transformers.utils.logging import disable_progress_bar
 
-from prep.settings import MODALITIES
 from train import clean_process
 from train.dataset import Window
 from train.masking import Mask
+from train.modalities import MODALITIES
 from train.model.modeling_brainloom import BrainloomForPreTraining
 from train.model.processing_brainloom import BrainloomProcessor
-from train.sources import token_streams
+from train.sources import CHANNELED, token_streams
 from train.trained import Trained, load_trained
 
 Array = npt.NDArray[Any]
@@ -69,16 +69,17 @@ def processor(trained: Trained) -> BrainloomProcessor:
 
 
 def source_keys(trained: Trained, session: int) -> list[str]:
-    """Keys of a session's sources, in the reader's order: unit keys, and dataset/session/channel for behaviour."""
+    """Keys of a session's sources, in the reader's order: of units their own, of others dataset/session/channel."""
     entry, opened = trained.store.entries[session], trained.store.session(session)
     units = opened.text("units/unit_key") if entry["num_units"] else []
-    keys = []
-    for _, stream in token_streams(entry):
+    keys, sources = [], trained.reader.sources(session)
+    for number, stream in token_streams(entry):
         first = stream["first_unit"]
         if first is not None:
             keys += units[first : first + stream["num_sources"]]
-        elif stream["modality"] == "behavior":
-            keys += [f"{entry['dataset_id']}/{entry['session_id']}/{channel}" for channel in stream["channels"]]
+        elif stream["modality"] in CHANNELED:
+            channels = [stream["channels"][place] for place in sources.place[sources.stream == number]]
+            keys += [f"{entry['dataset_id']}/{entry['session_id']}/{channel}" for channel in channels]
     return keys
 
 
@@ -150,7 +151,7 @@ Licences of the recordings: {licences}. Store digest: `{store_digest}`.
 
 ## Held-out deviance explained (split: {split})
 
-D2 for counts, R2 over the train mean for traces and behaviour.
+D2 for counts of spikes and events, R2 over the train mean for traces and behaviour.
 
 | modality | task | visible | explained | ceiling |
 |---|---|---|---|---|
@@ -171,15 +172,19 @@ def raw_window(trained: Trained, window: Window, mask: Mask) -> dict[str, Array]
         if not tokens.any():
             continue
         opened = session.stream(stream["name"])
-        begin = opened.tokens(int(window.token_ns[tokens][0]), int(window.token_ns[tokens][-1]) + 1)
-        values = opened.read(begin).astype(np.float32)
-        values[values == 255] = np.nan if stream["kind"] == "counts" else 255
-        shape = values.shape[:2]
+        start_ns = np.unique(window.token_ns[tokens])
+        shape = len(start_ns), len(own)
+        if stream["kind"] == "event":
+            values = window.labels[tokens][:, : stream["samples_per_token"]].reshape(*shape, -1)
+        else:
+            begin = opened.tokens(int(start_ns[0]), int(start_ns[-1]) + 1)
+            values = opened.read(begin).astype(np.float32)
+            values[values == 255] = np.nan if stream["kind"] == "counts" else 255
         arrays |= {
             f"keys_{number}": np.array([keys[i] for i in own]),
             f"modality_{number}": np.array(stream["modality"]),
             f"values_{number}": values,
-            f"start_s_{number}": (opened.start_ns[begin] - window.start_ns) / 1e9,
+            f"start_s_{number}": (start_ns - window.start_ns) / 1e9,
             f"sample_s_{number}": np.array(stream["sample_ns"] / 1e9),
             f"offset_s_{number}": np.zeros(shape[1]) if opened.offset_ns is None else opened.offset_ns / 1e9,
             f"visible_{number}": mask.visible[tokens].reshape(shape),

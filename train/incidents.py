@@ -14,10 +14,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from prep.settings import MODALITIES
 from train import incident_log
 from train.loader import Skipped, TrainingSamples
 from train.loss_watch import LossWatch
+from train.modalities import PREDICTED
 
 
 class TrainingError(ValueError):
@@ -40,7 +40,7 @@ class Incidents:
         skipped.clear()
 
     def judge(self, step: int, moved: bool, loss: float, windows: Tensor) -> int | None:
-        """What became of a step: whether it moved anything, the loss of all ranks, this rank's windows (2, W, 3).
+        """What became of a step: whether it moved anything, the loss of all ranks, this rank's windows (2, W, M).
 
         Returns the step with which a spike began that is to be undone. Raises TrainingError if too many were skipped.
         """
@@ -74,7 +74,7 @@ class Incidents:
 
     def _window(self, position: int, nats: Tensor, values: Tensor) -> dict[str, Any]:
         session, start_s = self._samples.window_at(position)
-        by_modality = zip(MODALITIES, (nats / values).tolist(), values.tolist(), strict=False)
+        by_modality = zip(PREDICTED, (nats / values).tolist(), values.tolist(), strict=True)
         losses = {name: _number(loss) for name, loss, count in by_modality if count}
         return {"position": position, "session": session, "start_s": start_s, "nats": losses}
 

@@ -1,20 +1,24 @@
 """Tasks as masks: which tokens of a window are visible, and which are asked for.
 
 In: the tokens of one window (modality, source, time), a task family, the sample's own chance. Out: two boolean arrays.
-Co-smoothing and forecasting see activity alone; decoding too; encoding sees stimulus and behaviour.
+Co-smoothing and forecasting see activity alone; decoding too; encoding sees stimulus and behaviour. Events are seen
+with what they are part of, of the store's modalities: licks with behaviour, onsets of stimuli with the stimulus.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import numpy.typing as npt
 
-from prep.settings import ACTIVITY, MODALITIES, Modality
+from prep.settings import ACTIVITY
 from train.config import Family
+from train.modalities import MODALITIES, Modality
 
 Bools = npt.NDArray[np.bool_]
 
-SPIKES, TRACES, BEHAVIOR, STIMULUS = range(len(MODALITIES))
+SPIKES, TRACES, BEHAVIOR, STIMULUS, EVENTS = (
+    MODALITIES.index(name) for name in ("spikes", "traces", "behavior", "stimulus", "events")
+)
 HIDDEN_UNITS = (0.1, 0.5)  # share of units hidden in co-smoothing
 FORECAST_FROM = (0.4, 0.8)  # the cut, as a share of the window
 INPAINT_SHARE = 0.3
@@ -31,6 +35,7 @@ class TokenTable:
     source: npt.NDArray[np.int64]  # (n,)
     start_s: npt.NDArray[np.float64]  # (n,) from the window's start
     stop_s: npt.NDArray[np.float64]  # (n,)
+    of_stimulus: Bools = field(default_factory=lambda: np.zeros(1, np.bool_))  # (n,) is it of events of the stimulus
 
 
 @dataclass(frozen=True)
@@ -64,6 +69,8 @@ TASKS = (
     Task("traces", "forecasting", ("traces",)),
     Task("behavior", "decoding", ("spikes",)),
     Task("behavior", "decoding", ("traces",)),
+    Task("events", "decoding", ("spikes",)),
+    Task("events", "decoding", ("traces",)),
 )
 
 
@@ -92,7 +99,7 @@ def _draw_one(family: str, tokens: TokenTable, context_s: float, chance: np.rand
     if family == "encoding":
         return encoding(tokens, behavior=True, stimulus=bool(chance.random() >= STIMULUS_DROP))
     if family == "decoding":
-        return Mask(activity, tokens.modality == BEHAVIOR, frames=False)
+        return decoding(tokens)
     asked = inpainting_blocks(tokens, context_s, chance)
     return Mask(~asked, asked, frames=True)
 
@@ -130,7 +137,20 @@ def forecasting(tokens: TokenTable, cut_s: float) -> Mask:
 
 def encoding(tokens: TokenTable, *, behavior: bool, stimulus: bool) -> Mask:
     """Hide all activity."""
-    return Mask((tokens.modality == BEHAVIOR) & behavior, is_activity(tokens), frames=stimulus)
+    seen = seen_with(tokens)
+    visible = ((seen == BEHAVIOR) & behavior) | ((seen == STIMULUS) & stimulus)
+    return Mask(visible, is_activity(tokens), frames=stimulus)
+
+
+def decoding(tokens: TokenTable) -> Mask:
+    """Hide behaviour and events."""
+    return Mask(is_activity(tokens), np.isin(tokens.modality, (BEHAVIOR, EVENTS)), frames=False)
+
+
+def seen_with(tokens: TokenTable) -> npt.NDArray[np.int64]:
+    """The modality (n,) with which each token is seen: that of the store, which has no events."""
+    of_event = np.where(tokens.of_stimulus, STIMULUS, BEHAVIOR)
+    return np.where(tokens.modality == EVENTS, of_event, tokens.modality)
 
 
 def inpainting_blocks(tokens: TokenTable, context_s: float, chance: np.random.Generator) -> Bools:
@@ -154,6 +174,6 @@ def task_mask(task: Task, tokens: TokenTable, context_s: float) -> Mask:
     elif task.family == "encoding":
         mask = encoding(tokens, behavior="behavior" in task.visible, stimulus="stimulus" in task.visible)
     else:
-        mask = Mask(is_activity(tokens), tokens.modality == BEHAVIOR, frames=False)
-    visible = np.isin(tokens.modality, [MODALITIES.index(name) for name in task.visible])
+        mask = decoding(tokens)
+    visible = np.isin(seen_with(tokens), [MODALITIES.index(name) for name in task.visible])
     return Mask(mask.visible & visible, mask.asked & (tokens.modality == MODALITIES.index(task.modality)), mask.frames)

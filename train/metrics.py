@@ -13,6 +13,7 @@ import numpy.typing as npt
 
 from train.boards import open_boards
 from train.config import RunConfig
+from train.modalities import COUNTED
 
 Array = npt.NDArray[Any]
 Row = dict[str, Any]
@@ -105,7 +106,7 @@ def deviances(modality: str, truth: Array, expected: Array) -> npt.NDArray[np.fl
     Counts: 2 (k log(k / rate) - (k - rate)) of Poisson (McCullagh & Nelder 1989). Others: the squared error.
     """
     truth, expected = truth.astype(np.float64), expected.astype(np.float64)
-    if modality != "spikes":
+    if modality not in COUNTED:
         squares: npt.NDArray[np.float64] = (truth - expected) ** 2
         return squares
     expected = np.maximum(expected, 1e-9)

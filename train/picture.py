@@ -45,7 +45,7 @@ def figure(trained: Trained, label: str, num_windows: int = NUM_WINDOWS) -> Figu
     drawn = Figure(figsize=(11, 3.2 * len(panels)), layout="constrained")
     for axis, (task, session, stretch) in zip(drawn.subplots(len(panels), 1, squeeze=False)[:, 0], panels, strict=True):
         entry = trained.store.entries[session]
-        panel = {"spikes": _raster, "traces": _traces, "behavior": _behavior}[task.modality]
+        panel = {"spikes": _raster, "traces": _traces, "behavior": _behavior, "events": _events}[task.modality]
         panel(axis, trained, session, stretch)
         seen = " + ".join(task.visible)
         axis.set_title(
@@ -120,6 +120,12 @@ def _raster(axis: Axes, trained: Trained, session: int, stretch: dict[str, Array
     axis.grid(False)
     axis.yaxis.set_major_locator(MaxNLocator(8, integer=True))
     axis.set_ylabel("unit (marks: spikes,\ncolour: predicted rate)")
+
+
+def _events(axis: Axes, trained: Trained, session: int, stretch: dict[str, Array]) -> None:
+    """As units are drawn."""
+    _raster(axis, trained, session, stretch)
+    axis.set_ylabel("type of event (marks: events,\ncolour: predicted intensity)")
 
 
 def _traces(axis: Axes, trained: Trained, session: int, stretch: dict[str, Array]) -> None:

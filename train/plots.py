@@ -18,7 +18,7 @@ STYLE = (
 )
 # Okabe and Ito's palette (jfly.uni-koeln.de/color): safe for the colour-blind; mid-tones, for both themes.
 PALETTE = ("#2b8ac6", "#e08a00", "#0f9f78", "#c9679b", "#c2571a", "#55aadd", "#a39a12", "#8b96a5")
-OF_MODALITY = {"spikes": PALETTE[0], "traces": PALETTE[2], "behavior": PALETTE[1]}
+OF_MODALITY = {"spikes": PALETTE[0], "traces": PALETTE[2], "behavior": PALETTE[1], "events": PALETTE[3]}
 WIDTH_IN = 11.0
 RC = {
     "svg.fonttype": "none",

@@ -15,10 +15,10 @@ import matplotlib as mpl
 import numpy as np
 from matplotlib.figure import Figure
 
-from prep.settings import MODALITIES
 from train import picture, report_plots
 from train.checkpoint import CheckpointError
 from train.metrics import Row, task_name
+from train.modalities import PREDICTED
 from train.plots import RC, data_uri
 from train.run_folder import RunFolder, counted, duration, incident_details, phase_shares, short, size
 from train.trained import load_trained
@@ -75,7 +75,7 @@ def render(folder: RunFolder, num_windows: int, now_unix_s: float) -> str:
         num_recent=min(RECENT, len(steps)),
         total=totals(steps) if steps else None,
         families=by_family(steps[-RECENT:]),
-        modalities=MODALITIES[:3],
+        modalities=PREDICTED,
         validation=validation_tables(validations) if validations else None,
         checkpoints=folder.checkpoints(),
         incidents=folder.incidents[-MAX_INCIDENTS:],
@@ -120,7 +120,7 @@ def by_family(recent: list[Row]) -> list[dict[str, Any]]:
         own = [row for row in recent if row["family"] == family]
         nats = {
             name: float(np.mean(values))
-            for name in MODALITIES
+            for name in PREDICTED
             if (values := [row[f"nats_{name}"] for row in own if f"nats_{name}" in row])
         }
         loss = float(np.mean([row["loss"] for row in own]))

@@ -12,8 +12,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator, PercentFormatter
 
-from prep.settings import MODALITIES
 from train.metrics import Row
+from train.modalities import PREDICTED
 from train.plots import GRID, OF_MODALITY, PALETTE, WIDTH_IN
 from train.run_folder import PHASES, phase_shares, short, task_curves
 
@@ -30,7 +30,7 @@ def parts(num_rows: int) -> list[npt.NDArray[np.int64]]:
 
 def nats(steps: Sequence[Row]) -> Figure:
     """What each value costs more than under the null model, a panel for each modality."""
-    shown = [name for name in MODALITIES if any(f"nats_{name}" in row for row in steps)]
+    shown = [name for name in PREDICTED if any(f"nats_{name}" in row for row in steps)]
     figure, panels = _panels(len(shown))
     for axes, name in zip(panels, shown, strict=True):
         own = [row for row in steps if f"nats_{name}" in row]
@@ -63,7 +63,7 @@ def validation(validations: Sequence[Row]) -> Figure:
     """Deviance explained by task, a panel for each modality."""
     curves = task_curves(list(validations))
     at = [row["step"] for row in validations]
-    shown = [name for name in MODALITIES if any(task.startswith(f"{name} ") for task in curves)]
+    shown = [name for name in PREDICTED if any(task.startswith(f"{name} ") for task in curves)]
     figure, panels = _panels(len(shown), legend_in=0.75)
     for axes, modality in zip(panels, shown, strict=True):
         own = {task: values for task, values in curves.items() if task.startswith(f"{modality} ")}

@@ -11,13 +11,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from prep.settings import MODALITIES
 from train import usage
 from train.engine import Engine
 from train.loader import Feed, to_device
+from train.modalities import PREDICTED
 from train.schedule import lr_factor
-
-PREDICTED = MODALITIES[:3]  # the stimulus is only seen
 
 
 def take_step(
@@ -25,7 +23,7 @@ def take_step(
 ) -> tuple[dict[str, Any], Tensor, bool]:
     """Read `per_step` micro-batches and train on them.
 
-    Returns the row, nats and values of this rank's windows (2, W, 3), and whether any rank was asked to stop.
+    Returns the row, nats and values of this rank's windows (2, W, M), and whether any rank was asked to stop.
     """
     began_s = time.perf_counter()
     engine.timer.seconds()  # what lies between two steps is of neither

@@ -18,6 +18,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from prep.settings import ACTIVITY
 from prep.store import Store
 from train.build import model_config
 from train.config import RunConfig
@@ -26,6 +27,7 @@ from train.evaluate import spread_windows, suits
 from train.loader import to_device
 from train.masking import TASKS, Task, task_mask
 from train.metrics import deviances, share_explained
+from train.modalities import COUNTED
 
 LABEL = "valid"
 NOT_GIVEN = "not given"
@@ -67,7 +69,7 @@ class Validation:
             self._groups += [Group(task, session, name) for name in self._regions(task, session)]
 
     def _regions(self, task: Task, session: int) -> list[str]:
-        if task.modality == "behavior":
+        if task.modality not in ACTIVITY:
             return [""]
         names, self._region[session] = np.unique(self._store.session(session).text("units/region"), return_inverse=True)
         return [str(name) or NOT_GIVEN for name in names]
@@ -116,9 +118,9 @@ class Validation:
         observed, sources, modality = window.observed[asked], window.sources, item.task.modality
         source = np.repeat(window.tokens.source[asked], observed.sum(1))
         truth, expected = window.labels[asked][observed], prediction[: len(asked)][observed]
-        null = sources.mean[source] if modality == "spikes" else np.zeros(len(source), np.float32)
+        null = sources.mean[source] if modality in COUNTED else np.zeros(len(source), np.float32)
         group = np.full(len(source), self._first[item.task, item.session])
-        if modality != "behavior":
+        if modality in ACTIVITY:
             first_units = np.array(
                 [stream["first_unit"] or 0 for stream in self._store.entries[item.session]["streams"]]
             )

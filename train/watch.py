@@ -19,8 +19,8 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from prep.settings import MODALITIES
 from train.metrics import Row
+from train.modalities import PREDICTED
 from train.run_folder import PHASES, RunFolder, counted, duration, incident_details, phase_shares, size, task_curves
 
 RECENT = 50  # steps that a mean is taken of
@@ -96,7 +96,7 @@ def _progress(folder: RunFolder, now_unix_s: float) -> RenderableType:
 def _losses(steps: list[Row]) -> Table:
     """Of each modality and of the whole: now, and the curve so far."""
     table = Table.grid(padding=(0, 2))
-    for name in ("loss", *(f"nats_{modality}" for modality in MODALITIES)):
+    for name in ("loss", *(f"nats_{modality}" for modality in PREDICTED)):
         values = [row[name] for row in steps if name in row]
         label = f"{name[5:]} (nats)" if name.startswith("nats_") else name
         if values:

@@ -7,14 +7,19 @@ from typing import Any
 
 from transformers import PretrainedConfig
 
-MODALITIES = ("spikes", "traces", "behavior", "stimulus")
+MODALITIES = ("spikes", "traces", "behavior", "stimulus", "events")
 LIKELIHOODS = {  # what each modality's values may be drawn from; the first is the default
     "spikes": ("poisson", "negative_binomial"),
     "traces": ("gaussian", "calcium", "student_t", "zero_inflated_gamma"),
     "behavior": ("gaussian", "student_t"),
+    "events": ("point_process",),
 }
+PREDICTED = tuple(name for name in MODALITIES if name in LIKELIHOODS)  # the others are only seen
+COUNTED = ("spikes", "events")  # their values are counts in bins
+MODALITY_WEIGHTS = {"spikes": 20.0, "traces": 6.0, "behavior": 0.5, "events": 20.0}  # nats of a bin are few
 NUM_NUMBERS = {  # of a readout that a family needs, of (location, log scale, shape, zero logit)
     "poisson": 1,
+    "point_process": 1,
     "gaussian": 2,
     "calcium": 3,
     "student_t": 3,
@@ -49,7 +54,8 @@ class BrainloomConfig(PretrainedConfig):
         rope_min_period_s, rope_max_period_s: range of the rotary periods in seconds.
         likelihoods: family of each modality's values, of those in LIKELIHOODS; what is not named is the default.
         hidden_dropout: how often a feature is left out in training: of latents that have read, and of what is read out.
-        modality_weights: weight of each modality's nats per observed value in the loss.
+        modality_weights: weight of each modality's nats per observed value in the loss; what is not named has that of
+            MODALITY_WEIGHTS.
         scale_tempering: beta of the beta-NLL, for all but counts: 0 is the likelihood, 1 weighs errors as squares do.
         initializer_range: standard deviation of embeddings at the start.
         log_rate_limit: largest |log rate - log null rate| of a count.
@@ -128,7 +134,7 @@ class BrainloomConfig(PretrainedConfig):
         self.likelihoods = chosen
         self.hidden_dropout = hidden_dropout
         self.scale_tempering = scale_tempering
-        self.modality_weights = modality_weights or {"spikes": 20.0, "traces": 6.0, "behavior": 0.5}
+        self.modality_weights = MODALITY_WEIGHTS | (modality_weights or {})
         self.log_rate_limit = log_rate_limit
         self.rms_norm_eps = rms_norm_eps
         self.initializer_range = initializer_range

@@ -1,4 +1,4 @@
-"""What a readout says of a sample: its distribution given four numbers, for counts, traces and behaviour.
+"""What a readout says of a sample: its distribution given four numbers, for counts, traces, behaviour and events.
 
 In: readouts (location, log scale, shape, zero logit) of samples, the null of their sources, the modality of each.
 Out: expected values, NLL - NLL_null in nats per value, quantiles.
@@ -8,7 +8,7 @@ been standardised. It is a constant of the source, and what predicts the null ha
 Everything is branch-free: each family answers for all samples, and the sample's modality chooses.
 An angle is two sources, its cosine and its sine, and needs no family of its own.
 
-Shapes: everything broadcasts to (B, Q, P): batch, queries, samples per token.
+Shapes: everything broadcasts to (B, Q, P): batch, queries, samples per token; M modalities that are predicted.
 """
 
 import math
@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .configuration_brainloom import LIKELIHOODS, MODALITIES
+from .configuration_brainloom import LIKELIHOODS, MODALITIES, PREDICTED
 
 NUM_READOUTS = 4
 LOG_SCALE_LIMIT = 3.0  # a log standard deviation stays within +-3 of the train split's
@@ -111,6 +111,16 @@ class Poisson(Likelihood):
     def growth(readout: Readout) -> Tensor:
         """Log of the mean over that of the null."""
         return bounded(readout.location, readout.rate_limit)
+
+
+class PointProcess(Poisson):
+    """How many events of one type fall into a bin: what happens and when, as intensities of every type.
+
+    A marked point process whose intensities l_i are constant within a bin (Daley & Vere-Jones 2003, chapter 7): its NLL
+    is the integral of all intensities minus the sum of log l_i(t) over events (t, i), which is that of Poisson counts,
+    up to what depends on the counts alone. It is the NLL of the time to each event, whose hazard is the sum of all l_i,
+    times a categorical over types, l_i over that sum (competing risks; Prentice 1978). See events_brainloom.py.
+    """
 
 
 class NegativeBinomial(Poisson):
@@ -270,6 +280,7 @@ def count_quantile(level: float, log_pmf: Callable[[int], Tensor]) -> Tensor:
 
 FAMILIES: dict[str, Likelihood] = {
     "poisson": Poisson(),
+    "point_process": PointProcess(),
     "negative_binomial": NegativeBinomial(),
     "gaussian": Gaussian(),
     "calcium": Calcium(),
@@ -283,10 +294,11 @@ class Likelihoods:
     """The family of each modality; all methods choose by the samples' modality (B, Q, 1), an index into MODALITIES."""
 
     def __init__(self, names: dict[str, str]) -> None:
-        ordered = [names[modality] for modality in MODALITIES[:3]]
+        """`names`: the family of each modality; of one that is not named the default."""
+        chosen = {modality: FAMILIES[names.get(modality, LIKELIHOODS[modality][0])] for modality in PREDICTED}
         self._families = [
-            (FAMILIES[name], tuple(i for i, other in enumerate(ordered) if other == name))
-            for name in dict.fromkeys(ordered)
+            (family, tuple(MODALITIES.index(name) for name, other in chosen.items() if other is family))
+            for family in dict.fromkeys(chosen.values())
         ]
 
     def _choose(self, modality: Tensor, answer: Callable[[Likelihood, Tensor], Tensor]) -> Tensor:
@@ -319,8 +331,8 @@ class Likelihoods:
 
 
 def sum_by_modality(excess_BQP: Tensor, mask_BQP: Tensor, modality_BQ: Tensor) -> tuple[Tensor, Tensor]:
-    """Sums of nats and numbers of values, both (B, 3)."""
+    """Sums of nats and numbers of values, both (B, M)."""
     per_query = torch.where(mask_BQP, excess_BQP, 0.0).sum(-1)
     observed = mask_BQP.sum(-1).to(per_query.dtype)
-    is_modality = F.one_hot(modality_BQ, len(MODALITIES))[..., :3].to(per_query.dtype)
+    is_modality = torch.stack([modality_BQ == MODALITIES.index(name) for name in PREDICTED], -1).to(per_query.dtype)
     return torch.einsum("bq,bqm->bm", per_query, is_modality), torch.einsum("bq,bqm->bm", observed, is_modality)

@@ -1,4 +1,4 @@
-"""Brainloom: one transformer over neuronal activity, stimulus and behaviour.
+"""Brainloom: one transformer over neuronal activity, stimulus, behaviour and events.
 
 In: tokens that are visible (values, times, sources) and queries (source, time) for what is hidden.
 Out: for each query the expected value of its P samples, and the likelihood loss against a null model.
@@ -10,7 +10,7 @@ Sinz 2018), so that asking for every unit at every time costs next to nothing. R
 
 Shape suffixes: B batch, N visible tokens, Q queries, S sources, F frames, M patches of a frame, P samples per token,
 V sums of its history, L latents, G times of the readout grid, R numbers of a readout, D hidden_size,
-E unit_embed_size, H heads, C channels of a head, T keys.
+E unit_embed_size, H heads, C channels of a head, T keys, M modalities that are predicted.
 """
 
 import math
@@ -36,7 +36,7 @@ from .attention_brainloom import (
     rotary_angles,
     rotate,
 )
-from .configuration_brainloom import MODALITIES, BrainloomConfig
+from .configuration_brainloom import COUNTED, MODALITIES, PREDICTED, BrainloomConfig
 from .decoder_brainloom import BrainloomDecoder
 from .history_brainloom import NUM_SUMS, own_history
 from .likelihoods_brainloom import Likelihoods, Readout, sum_by_modality
@@ -58,7 +58,7 @@ PART_OF = {  # in which part of the model what is not named like it is counted
     "norm": "trunk",
     "readout": "decoder",
 }
-SPIKES, TRACES, BEHAVIOR, STIMULUS = range(len(MODALITIES))
+TRACES = MODALITIES.index("traces")
 TIME_BIAS = 1.2  # of queries and keys at the start: the larger, the nearer they look
 
 
@@ -90,11 +90,12 @@ class BrainloomPreTrainingOutput(ModelOutput):
 
     Attributes:
         loss: weighted NLL - NLL_null in nats per observed value, mean over the batch; None without labels.
-        predictions: expected value of each sample (B, Q, P): counts per bin for spikes, standardised value otherwise.
+        predictions: expected value of each sample (B, Q, P): counts per bin for spikes and events, standardised
+            value otherwise.
         log_scale: log standard deviation of a Gaussian or Student-t (B, Q, P); not used by other likelihoods.
         interval: lower and upper bound (B, Q, P) that hold a sample with the probability asked for; None unless asked.
-        nats: sum of NLL - NLL_null per sample and modality (B, 3).
-        num_values: observed values behind `nats` (B, 3).
+        nats: sum of NLL - NLL_null per sample and modality of PREDICTED (B, M).
+        num_values: observed values behind `nats` (B, M).
         last_hidden_state: latents (B, L, D).
         features: what every source reads (B, G, 3 D), at the times of the readout grid.
     """
@@ -349,17 +350,19 @@ class BrainloomModel(BrainloomPreTrainedModel):
             rotary_angles(key_time, self.config),
         )
         near = local_mask(latent_time_s, self.config)
-        is_spikes_BS = source_modality == SPIKES
+        is_counted_BS = is_counted(source_modality)
         around = surround(
             values_BNP,
             observed_BNP,
             input_source,
             torch.where(
                 input_mask[..., None],
-                sample_times(input_start_s, input_sample_s, is_spikes_BS.gather(1, input_source), values_BNP.shape[-1]),
+                sample_times(
+                    input_start_s, input_sample_s, is_counted_BS.gather(1, input_source), values_BNP.shape[-1]
+                ),
                 0.0,
             ),
-            is_spikes_BS,
+            is_counted_BS,
             len(time_grid(length_s, self.config.readout_hz, input_mask.device)),
             self.config.readout_hz,
         )
@@ -415,12 +418,12 @@ class BrainloomForPreTraining(BrainloomPreTrainedModel):
         """Predict the queries; the arguments up to `frame_mask` are BrainloomModel's.
 
         Args:
-            source_null: what the null knows of each source (B, S), positive. Spikes: the train split's mean count per
-                bin. Traces under zero_inflated_gamma: its mean above physical zero, in standard deviations.
+            source_null: what the null knows of each source (B, S), positive. Spikes and events: the train split's mean
+                count per bin. Traces under zero_inflated_gamma: its mean above physical zero, in standard deviations.
             query_source: source of each query (B, Q), an index into S.
             query_time_s: when its first sample starts (B, Q), seconds from the window's start.
             query_sample_s: seconds between its samples (B, Q).
-            labels: the hidden samples (B, Q, P): counts for spikes, standardised values otherwise.
+            labels: the hidden samples (B, Q, P): counts for spikes and events, standardised values otherwise.
             label_mask: which labels were observed (B, Q, P), bool; the others may hold anything, NaN too.
             context_s: length of the window in seconds; the configuration's if not given.
             coverage: probability with which the predictive interval shall hold a sample, for instance 0.9.
@@ -485,7 +488,7 @@ class BrainloomForPreTraining(BrainloomPreTrainedModel):
         """What sources of these identities (B, S, D) say by features (B, G, 3 D); the rest is `forward`'s."""
         readout_BSGR = self.readout(features, identity, source_modality == TRACES, own).float()
         modality_BQ = source_modality.gather(1, query_source)
-        time_BQP = sample_times(query_time_s, query_sample_s, modality_BQ == SPIKES, self.config.samples_per_token)
+        time_BQP = sample_times(query_time_s, query_sample_s, is_counted(modality_BQ), self.config.samples_per_token)
         readouts = interpolate(readout_BSGR, query_source, time_BQP, self.config.readout_hz)
         null_BQ1 = source_null.gather(1, query_source).float()[..., None]
         readout = Readout.of(readouts, null_BQ1, self.config.log_rate_limit)
@@ -498,9 +501,9 @@ class BrainloomForPreTraining(BrainloomPreTrainedModel):
             # beta-NLL (Seitzer 2022): else what is hard to predict is called uncertain, and its mean is never learned
             tempered = excess * torch.exp(2 * self.config.scale_tempering * readout.log_std.detach())
             tempered, _ = sum_by_modality(
-                torch.where(modality_BQ1 == SPIKES, excess, tempered), label_mask, modality_BQ
+                torch.where(is_counted(modality_BQ1), excess, tempered), label_mask, modality_BQ
             )
-            weight = nats.new_tensor([self.config.modality_weights[name] for name in MODALITIES[:3]])
+            weight = nats.new_tensor([self.config.modality_weights[name] for name in PREDICTED])
             loss = (weight * tempered / num_values.clamp(min=1)).sum(1).mean()
         return BrainloomPreTrainingOutput(
             loss=loss,
@@ -512,10 +515,15 @@ class BrainloomForPreTraining(BrainloomPreTrainedModel):
         )
 
 
-def sample_times(start_s: Tensor, sample_s: Tensor, is_spikes: Tensor, num_samples: int) -> Tensor:
+def is_counted(modality: Tensor) -> Tensor:
+    """Whose values are counts in bins; of the shape of what is given, indices into MODALITIES."""
+    return torch.stack([modality == MODALITIES.index(name) for name in COUNTED]).any(0)
+
+
+def sample_times(start_s: Tensor, sample_s: Tensor, is_count: Tensor, num_samples: int) -> Tensor:
     """When each sample of a token is (B, N, P): a count in the middle of its bin, a trace at its instant."""
     sample = torch.arange(num_samples, device=start_s.device)
-    time_s: Tensor = start_s[..., None] + (sample + 0.5 * is_spikes[..., None]) * sample_s[..., None]
+    time_s: Tensor = start_s[..., None] + (sample + 0.5 * is_count[..., None]) * sample_s[..., None]
     return time_s
 
 

@@ -19,11 +19,13 @@ from torch import Tensor
 from transformers import FeatureExtractionMixin
 from transformers.utils.hub import cached_file
 
-from .configuration_brainloom import MODALITIES
+from .configuration_brainloom import COUNTED, MODALITIES
+from .events_brainloom import NextEvent, intensities
 from .likelihoods_brainloom import MIN_HEIGHT
 
 Array = npt.NDArray[Any]
-SPIKES, TRACES = MODALITIES.index("spikes"), MODALITIES.index("traces")
+TRACES, EVENTS = MODALITIES.index("traces"), MODALITIES.index("events")
+IS_COUNTED = np.array([name in COUNTED for name in MODALITIES])
 STANDARD_LIMIT = 20.0  # standard deviations; what lies beyond is an artefact
 PIXEL_MEAN, PIXEL_SCALE = 127.5, 64.0
 UNITS_FILE, KEYS_FILE = "units.safetensors", "unit_keys.json"
@@ -34,9 +36,11 @@ class Stream:
     """Tokens of sources that share a clock.
 
     Attributes:
-        keys: the S sources: a unit's `unit_key`, a behaviour channel's `dataset/session/channel`.
-        modality: spikes, traces or behavior.
-        values: as recorded (K, S, P): counts per 20 ms bin, or samples in their physical unit; NaN = missing.
+        keys: the S sources: a unit's `unit_key`, a behaviour channel's `dataset/session/channel`, that of a type of
+            events `dataset/session/stream/type`.
+        modality: spikes, traces, behavior or events.
+        values: as recorded (K, S, P): counts per 20 ms bin of spikes and events, or samples in their physical unit; NaN
+            = missing.
         start_s: when each token starts (K,), seconds from the window's start.
         sample_s: seconds between two samples of a token.
         visible: which tokens the model may see (K, S), bool.
@@ -162,7 +166,7 @@ class BrainloomProcessor(FeatureExtractionMixin):
             "middle_s": middle(start_s, num_samples * stream.sample_s),
             "sample_s": np.full(len(values), stream.sample_s, np.float32),
             "standard": standard,
-            "labels": values if stream.modality == "spikes" else standard,
+            "labels": values if stream.modality in COUNTED else standard,
             "observed": ~np.isnan(values),
             "visible": stream.visible.reshape(-1),
             "asked": stream.asked.reshape(-1),
@@ -175,7 +179,15 @@ class BrainloomProcessor(FeatureExtractionMixin):
         """
         rows = self.rows(keys)[query_source]
         mean, scale, modality = (self.units[name][rows][..., None] for name in ("mean", "scale", "modality"))
-        return torch.where(modality == 0, predictions, predictions * scale + mean)
+        return torch.where(torch.from_numpy(IS_COUNTED)[modality], predictions, predictions * scale + mean)
+
+    def next_event(self, predictions: Tensor, inputs: dict[str, Tensor]) -> NextEvent:
+        """What happens next and when, by the predictions (1, Q, P) of a window in which events were asked for.
+
+        Types are those of the streams of events in order, times the bins of 20 ms that were asked for.
+        """
+        types = (inputs["source_modality"][0] == EVENTS).nonzero()[:, 0]
+        return NextEvent.of(intensities(predictions, inputs["query_source"], inputs["query_time_s"], types))
 
 
 def standardise(values: Array, mean: Array, scale: Array) -> npt.NDArray[np.float32]:
@@ -185,12 +197,12 @@ def standardise(values: Array, mean: Array, scale: Array) -> npt.NDArray[np.floa
 
 
 def source_null(modality: Array, mean: Array, scale: Array) -> npt.NDArray[np.float32]:
-    """What the model's null knows of each source (S,): mean count of spikes; of traces their mean above physical zero.
+    """What the model's null knows of each source (S,): mean count in a bin; of traces their mean above physical zero.
 
     The latter in standard deviations, at least a little: where the mean is negative, physical zero means nothing.
     """
     height = np.maximum(mean / scale, np.float32(MIN_HEIGHT))
-    return np.where(modality == SPIKES, mean, np.where(modality == TRACES, height, 1)).astype(np.float32)
+    return np.where(IS_COUNTED[modality], mean, np.where(modality == TRACES, height, 1)).astype(np.float32)
 
 
 def middle(start_s: Array, duration_s: Array | float) -> npt.NDArray[np.float32]:

@@ -20,7 +20,7 @@ from torch.nn import functional as F
 
 SPANS = (1, 3, 8, 20, 60)  # steps of the readout grid: 20 ms to 1.2 s at 50 Hz
 NUM_SUMS = 3 * len(SPANS)  # before, after, both
-OWN_SPANS = (1, 3, 8, 60)  # what a unit with spikes says of itself
+OWN_SPANS = (1, 3, 8, 60)  # what a source of counts says of itself
 OWN_TRACE_SPANS = (1, 5, 20, 75)  # and any other source: as close to every single sample as four spans come
 DECAYS_S = (0.1, 0.5)  # how what a source says of itself fades with its distance; and not at all
 NUM_OWN = 2 * len(OWN_SPANS) * (1 + len(DECAYS_S))
@@ -51,7 +51,7 @@ def surround(
     observed_BNP: Tensor,
     source_BN: Tensor,
     time_BNP: Tensor,
-    is_spikes_BS: Tensor,
+    is_counted_BS: Tensor,
     num_times: int,
     readout_hz: float,
 ) -> Surround:
@@ -59,7 +59,7 @@ def surround(
 
     Nothing of it is learned, and what comes in has no gradient.
     """
-    num_sources = is_spikes_BS.shape[1]
+    num_sources = is_counted_BS.shape[1]
     step = (time_BNP * readout_hz + EDGE).floor().long().clamp(0, num_times - 1)
     place = (source_BN[..., None] * num_times + step).flatten(1)
 
@@ -95,10 +95,10 @@ def surround(
     mean_gap = (gap.log1p() * seen[..., None, None]).sum(1) / num_seen[:, None, None]
     mean_gap = torch.where(seen.any(1)[:, None, None], mean_gap, gap.new_full((), num_times).log1p())
 
-    own_length = torch.where(is_spikes_BS[..., None], gap.new_tensor(OWN_SPANS), gap.new_tensor(OWN_TRACE_SPANS))
+    own_length = torch.where(is_counted_BS[..., None], gap.new_tensor(OWN_SPANS), gap.new_tensor(OWN_TRACE_SPANS))
     own_lengths = own_length.long()[:, :, None].unbind(-1)
     means = torch.cat(spans(total, own_lengths), -1) / torch.cat(spans(count, own_lengths), -1).clamp(min=1)
-    own = torch.where(is_spikes_BS[..., None, None], bent(means), changes(means))
+    own = torch.where(is_counted_BS[..., None, None], bent(means), changes(means))
     fade = torch.exp(-gap[..., None, :] / readout_hz / gap.new_tensor(DECAYS_S)[:, None])  # (B, S, G, decays, 2)
     fade = torch.cat([torch.ones_like(fade[..., :1, :]), fade], -2).repeat_interleave(len(OWN_SPANS), -1)
     own = (own[..., None, :] * fade).flatten(-2)
