@@ -99,7 +99,7 @@ def test_clocks_are_in_order_and_splits_do_not_overlap(tmp_path_factory: pytest.
 
 
 def test_train_and_prep_mean_the_same_by_a_modality_and_a_missing_count() -> None:
-    assert configuration_brainloom.MODALITIES == MODALITIES
+    assert (*MODALITIES, "session") == configuration_brainloom.MODALITIES, "the last is the model's own"
     assert BrainloomConfig().num_unit_features == len(FEATURE_NAMES)
     assert COUNT_MISSING == 255, "train/export.py hands missing counts to strangers as NaN"
 

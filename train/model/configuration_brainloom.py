@@ -7,7 +7,7 @@ from typing import Any
 
 from transformers import PretrainedConfig
 
-MODALITIES = ("spikes", "traces", "behavior", "stimulus")
+MODALITIES = ("spikes", "traces", "behavior", "stimulus", "session")  # session: of a session, and of its subject
 LIKELIHOODS = {  # what each modality's values may be drawn from; the first is the default
     "spikes": ("poisson", "negative_binomial"),
     "traces": ("gaussian", "calcium", "student_t", "zero_inflated_gamma"),
