@@ -100,7 +100,7 @@ def test_clocks_are_in_order_and_splits_do_not_overlap(tmp_path_factory: pytest.
 
 
 def test_train_and_prep_mean_the_same_by_a_modality_and_a_missing_count() -> None:
-    assert configuration_brainloom.MODALITIES[: len(modalities.MODALITIES)] == modalities.MODALITIES
+    assert (*modalities.MODALITIES, "session") == configuration_brainloom.MODALITIES, "the last is the model's own"
     assert modalities.MODALITIES[: len(MODALITIES)] == MODALITIES, "an index of the store is one of the model"
     assert configuration_brainloom.PREDICTED == modalities.PREDICTED
     assert configuration_brainloom.COUNTED == modalities.COUNTED

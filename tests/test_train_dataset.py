@@ -85,12 +85,14 @@ def test_every_source_knows_its_row_features_and_statistics(reader: WindowReader
         assert [keys[row] for row in sources.row[units]] == session.text("units/unit_key")
         assert_array_equal(sources.features[units], session.array("units/features"))
         assert not sources.features[~units].any()
-        assert {keys[row] for row in sources.row[~units]} == {
+        channels = {
             f"d1/{name}"
             for stream in entry["streams"]
             if stream["modality"] == "behavior"
             for name in stream["channels"]
         }
+        origins = {f"d1/session:{entry['session_id']}", f"d1/subject:{entry['subject_id']}"}
+        assert {keys[row] for row in sources.row[~units]} == channels | origins
     shared = [reader.sources(i).row[reader.sources(i).modality == 2].tolist() for i in range(4)]
     ids = [entry["session_id"] for entry in reader.store.entries]
     assert shared[ids.index("full")] == shared[ids.index("blind")], "a channel is shared by the dataset's sessions"

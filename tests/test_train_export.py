@@ -194,7 +194,8 @@ def test_raw_arrays_and_keys_lead_to_the_same_predictions(
     for task in tasks:
         window, mask = asked(trained, session_id, task)
         raw = export.raw_window(trained, window, mask)
-        inputs = processor(streams_of(raw), pixels=raw["pixels"], frame_time_s=raw["frame_time_s"])
+        shown = {"pixels": raw["pixels"], "frame_time_s": raw["frame_time_s"]}
+        inputs = processor(streams_of(raw), **shown, session=raw["session"].tolist())
         with torch.inference_mode():
             output = trained.model(**inputs)
         (expected,) = trained.predict([window], [mask])

@@ -32,7 +32,8 @@ def counted(config: BrainloomConfig, shape: Shape, training: bool = False) -> di
     total = {name.removeprefix("BrainloomForPreTraining."): sum(c.values()) for name, c in counter.flop_counts.items()}
     if training:
         return {"all": total["Global"]}
-    parts = Counter({"identity": total["model.identity"], "encoder": total["model.encoder"] + total["model.patches"]})
+    encoder = sum(total[f"model.{name}"] for name in ("encoder", "patches", "session_proj"))
+    parts = Counter({"identity": total["model.identity"], "encoder": encoder})
     parts["decoder"] = total["decoder"] + total["readout"]
     parts["trunk"] = total["model"] - parts["identity"] - parts["encoder"]
     return parts

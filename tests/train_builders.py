@@ -3,6 +3,7 @@
 In: a temporary folder. Out: a token store without NWB or Dask, RunConfig, models, processes that have ended.
 """
 
+import hashlib
 import json
 import os
 import sys
@@ -174,11 +175,15 @@ USUAL_INPUTS = 32  # of a tiny model's layers
 
 
 def moved_model(run: RunConfig, seed: int = 5) -> BrainloomForPreTraining:
-    """A model whose every parameter has been moved, so that no branch is silent; what sums much is moved less."""
+    """A model whose every parameter has been moved, so that no branch is silent; what sums much is moved less.
+
+    By its name, as weights are: a new parameter leaves the others where they are.
+    """
     model = build_model(run)
-    chance = torch.Generator().manual_seed(seed)
     with torch.no_grad():
-        for parameter in model.parameters():
+        for name, parameter in model.named_parameters():
+            digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
+            chance = torch.Generator().manual_seed(int.from_bytes(digest[:7], "little"))
             size = 0.05 * min(1.0, (USUAL_INPUTS / parameter.shape[-1]) ** 0.5)
             parameter += size * torch.randn(parameter.shape, generator=chance)
     return model.eval()

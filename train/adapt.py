@@ -96,7 +96,8 @@ def infer_all(trained: Trained, session: int, known: Known) -> int:
 def fit_rows(trained: Trained, unknown: npt.NDArray[np.bool_], optim: OptimConfig) -> None:
     """Few-shot: the new rows by the model's own loss on the train split; weights and known rows stay."""
     run = replace(trained.run, train=optim)
-    samples = TrainingSamples(trained.store.address, run, trained.model.config)
+    origins = trained.reader.source_table.origin_keys
+    samples = TrainingSamples(trained.store.address, run, trained.model.config, origins)
     table, known = trained.table, torch.from_numpy(~unknown)
     kept = table.weight[known].clone()
     feed = batches(samples, 0, 0, 1)

@@ -243,7 +243,8 @@ def _within(task: str, check: str, before: Predictions, after: Predictions) -> R
 def read_twice(trained: Trained, label: str, session: int, num_windows: int) -> list[tuple[Window, Window]]:
     """Windows of a session as it was recorded, and with all its clocks moved."""
     context_ns = round(trained.run.data.context_s * 1e9)
-    moved = WindowReader(Store(trained.store.address), model_config(trained.run), trained.run.data.max_frames)
+    shape, origins = model_config(trained.run), trained.reader.source_table.origin_keys
+    moved = WindowReader(Store(trained.store.address), shape, trained.run.data.max_frames, origins)
     opened = moved.store.session(session)
     for name in opened.stream_names:
         opened.stream(name).start_ns = opened.stream(name).start_ns + MOVED_NS

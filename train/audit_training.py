@@ -31,7 +31,8 @@ class WatchedReader(WindowReader):
     """Hands out the windows that it is told, and remembers them."""
 
     def __init__(self, trained: Trained) -> None:
-        super().__init__(trained.store, model_config(trained.run), trained.run.data.max_frames)
+        origins = trained.reader.source_table.origin_keys
+        super().__init__(trained.store, model_config(trained.run), trained.run.data.max_frames, origins)
         self.given: list[Window] = []
         self.instead: Callable[[int], Window] | None = None  # by the number of the window in its batch
 
@@ -61,7 +62,8 @@ class TrainingBatches:
     def __init__(self, trained: Trained, family: Family) -> None:
         self.trained, self.family = trained, family
         self.run = replace(trained.run, train=replace(trained.run.train, families=(family,), context_schedule=()))
-        self.samples = TrainingSamples(trained.store.address, self.run, model_config(self.run))
+        origins = trained.reader.source_table.origin_keys
+        self.samples = TrainingSamples(trained.store.address, self.run, model_config(self.run), origins)
         self.reader = WatchedReader(trained)
         self.samples._reader = self.reader
 

@@ -49,7 +49,8 @@ def main(hub: str, window: str) -> None:
             )
             for i in range(int(file["num_streams"]))
         ]
-        inputs = processor(streams, pixels=file["pixels"], frame_time_s=file["frame_time_s"])
+        session = [str(key) for key in file["session"]]
+        inputs = processor(streams, pixels=file["pixels"], frame_time_s=file["frame_time_s"], session=session)
         expected = torch.from_numpy(file["expected"])
     with torch.inference_mode():
         output = model(**inputs)

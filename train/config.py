@@ -200,7 +200,7 @@ class OptimConfig:
     final_lr_fraction: float = 0.05
     clip_norm: float = 1.0
     average_steps: int = 0  # horizon of the running average of all weights that is evaluated and exported; 0 = none
-    unit_dropout: float = 0.1  # how often a unit's residual row is absent in training
+    unit_dropout: float = 0.1  # how often the row of a unit, a session, a subject is absent in training
     families: tuple[str, ...] = FAMILIES  # in turn, one a step: FAMILY[+FAMILY …][@SECONDS], by default data.context_s
     context_schedule: tuple[ContextFrom, ...] = ()  # a curriculum; until its first stage data.context_s
     precision: Literal["fp32", "bf16"] = "fp32"

@@ -5,6 +5,7 @@ In: a token store. Out: numpy samples of fixed shape (what is visible, what is a
 Shape suffixes: n tokens, S sources, P samples per token, F frames; see modeling_brainloom.py for the batch.
 """
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,7 +22,7 @@ from train.frames import FrameReader
 from train.masking import Mask, TokenTable
 from train.modalities import COUNTED, MODALITIES
 from train.model.configuration_brainloom import BrainloomConfig
-from train.model.processing_brainloom import middle, source_null, standardise
+from train.model.processing_brainloom import SESSION, middle, source_null, standardise
 from train.sources import CHANNELED, SourceTable, token_streams
 
 Array = npt.NDArray[Any]
@@ -78,12 +79,12 @@ def split_windows(store: Store, label: str, context_s: float, stride_s: float) -
 class Sources:
     """The sources of a window."""
 
-    modality: npt.NDArray[np.int64]  # (S,) index into MODALITIES
+    modality: npt.NDArray[np.int64]  # (S,) index into the model's MODALITIES
     row: npt.NDArray[np.int64]  # (S,) row of the unit table
     features: npt.NDArray[np.float32]  # (S, U)
     mean: npt.NDArray[np.float32]  # (S,) of the train split
     scale: npt.NDArray[np.float32]  # (S,)
-    stream: npt.NDArray[np.int64]  # (S,) index into the session's streams
+    stream: npt.NDArray[np.int64]  # (S,) index into the session's streams, -1 of an origin, which has no token
     place: npt.NDArray[np.int64]  # (S,) the source's place in its stream; of events, in its vocabulary
     offset_ns: npt.NDArray[np.int64]  # (S,) added to the start of its tokens
     duration_ns: npt.NDArray[np.int64]  # (S,) of its tokens
@@ -115,8 +116,11 @@ Tokens = tuple[npt.NDArray[np.int64], npt.NDArray[np.int64], npt.NDArray[np.floa
 class WindowReader:
     """Reads windows of a store; holds the store open, so each worker makes its own."""
 
-    def __init__(self, store: Store, model: BrainloomConfig, max_frames: int) -> None:
-        self.store, self.source_table = store, SourceTable(store)
+    def __init__(
+        self, store: Store, model: BrainloomConfig, max_frames: int, origins: Collection[str] | None = None
+    ) -> None:
+        """`origins`: as SourceTable has them."""
+        self.store, self.source_table = store, SourceTable(store, origins)
         self.samples_per_token = model.samples_per_token
         self.frames = FrameReader(store, (model.image_size[0], model.image_size[1]), max_frames)
         self._sources: dict[int, Sources] = {}
@@ -141,7 +145,8 @@ class WindowReader:
                 session.array("units/features") if entry["num_units"] else np.zeros((0, num_features), np.float32)
             )
             parts = [self._sources_of(index, features, *numbered) for numbered in token_streams(entry)]
-            self._sources[index] = _joined([_no_sources(num_features), *parts])
+            origins = _origins(list(self.source_table.origins(entry).values()), num_features)
+            self._sources[index] = _joined([_no_sources(num_features), *parts, origins])
         return self._sources[index]
 
     def _sources_of(self, index: int, features: Array, number: int, stream: dict[str, Any]) -> Sources:
@@ -263,6 +268,24 @@ def _no_sources(num_features: int) -> Sources:
     return Sources(none, none, features, numbers, numbers, none, none, none, none, numbers, flags)
 
 
+def _origins(rows: list[int], num_features: int) -> Sources:
+    """A session and its subject, by their rows."""
+    none, size = np.zeros(len(rows), np.int64), len(rows)
+    return Sources(
+        modality=np.full(size, SESSION, np.int64),
+        row=np.array(rows, np.int64),
+        features=np.zeros((size, num_features), np.float32),
+        mean=np.zeros(size, np.float32),
+        scale=np.ones(size, np.float32),
+        stream=none - 1,
+        place=none,
+        offset_ns=none,
+        duration_ns=none,
+        sample_s=np.ones(size, np.float32),
+        of_stimulus=np.zeros(size, np.bool_),
+    )
+
+
 def _joined(parts: list[Sources]) -> Sources:
     return Sources(*(np.concatenate([getattr(part, name) for part in parts]) for name in Sources.__dataclass_fields__))
 
@@ -286,8 +309,8 @@ class Budget:
     num_frames: int
 
 
-def budget(store: Store, data: DataConfig, mix: str) -> Budget:
-    """The shape of every sample of a mix of families: enough for the store's fullest session."""
+def budget(store: Store, data: DataConfig, mix: str, origins: Collection[str] | None = None) -> Budget:
+    """The shape of every sample of a mix of families: enough for the store's fullest session, and its origins."""
     context_ns = round(data.context_s * 1e9)
     activity = behavior = units = channels = 0
     for entry in store.entries:
@@ -308,7 +331,10 @@ def budget(store: Store, data: DataConfig, mix: str) -> Budget:
     asked = sum({"decoding": behavior, "inpainting": everything}.get(name, num_activity) for name in families)
     asked = min(asked, everything)
     frames = min(data.max_frames, _most_frames(store, context_ns)) if may_show_frames(mix) else 0
-    return Budget(units + channels, max(1, inputs), max(1, min(asked, data.max_queries)), max(1, frames))
+    table = SourceTable(store, origins)
+    num_origins = max((len(table.origins(entry)) for entry in store.entries), default=0)
+    num_sources = units + channels + num_origins
+    return Budget(num_sources, max(1, inputs), max(1, min(asked, data.max_queries)), max(1, frames))
 
 
 def may_show_frames(mix: str) -> bool:

@@ -24,7 +24,7 @@ from train.dataset import Window
 from train.masking import Mask
 from train.modalities import MODALITIES
 from train.model.modeling_brainloom import BrainloomForPreTraining
-from train.model.processing_brainloom import BrainloomProcessor
+from train.model.processing_brainloom import SESSION, BrainloomProcessor
 from train.sources import CHANNELED, token_streams
 from train.trained import Trained, load_trained
 
@@ -58,18 +58,22 @@ def processor(trained: Trained) -> BrainloomProcessor:
     config = trained.model.config
     made = BrainloomProcessor(config.samples_per_token, (config.image_size[0], config.image_size[1]))
     keys: list[str] = []
+    known: set[str] = set()  # of earlier sessions: those of a subject share its row
     columns: dict[str, list[Tensor]] = {name: [] for name in ("weight", "features", "mean", "scale", "modality")}
     for session in range(len(trained.store.entries)):
         sources = trained.reader.sources(session)
-        keys += source_keys(trained, session)
-        columns["weight"].append(trained.table.weight[torch.from_numpy(sources.row)])
+        own = source_keys(trained, session)
+        new = np.array([place for place, key in enumerate(own) if key not in known], np.int64)
+        keys += [own[place] for place in new]
+        known |= set(own)
+        columns["weight"].append(trained.table.weight[torch.from_numpy(sources.row[new])])
         for name in ("features", "mean", "scale", "modality"):
-            columns[name].append(torch.from_numpy(np.ascontiguousarray(getattr(sources, name))))
+            columns[name].append(torch.from_numpy(getattr(sources, name)[new]))
     return made.with_units(keys, {name: torch.cat(parts).contiguous() for name, parts in columns.items()})
 
 
 def source_keys(trained: Trained, session: int) -> list[str]:
-    """Keys of a session's sources, in the reader's order: of units their own, of others dataset/session/channel."""
+    """Keys of a session's sources, in the reader's order: units, channels (dataset/session/channel), origins."""
     entry, opened = trained.store.entries[session], trained.store.session(session)
     units = opened.text("units/unit_key") if entry["num_units"] else []
     keys, sources = [], trained.reader.sources(session)
@@ -80,7 +84,7 @@ def source_keys(trained: Trained, session: int) -> list[str]:
         elif stream["modality"] in CHANNELED:
             channels = [stream["channels"][place] for place in sources.place[sources.stream == number]]
             keys += [f"{entry['dataset_id']}/{entry['session_id']}/{channel}" for channel in channels]
-    return keys
+    return keys + list(trained.reader.source_table.origins(entry))
 
 
 def model_card(trained: Trained, evaluation: dict[str, Any] | None) -> str:
@@ -139,7 +143,9 @@ processor = AutoFeatureExtractor.from_pretrained("this/repository", trust_remote
 ```
 
 `processor(streams=[…])` takes raw arrays and unit keys (see `Stream` in `processing_brainloom.py`) and returns the
-model's arguments; `processor.physical(…)` turns predictions back into the recording's units.
+model's arguments; `processor.physical(…)` turns predictions back into the recording's units. Sessions and subjects that
+the model has seen may have rows as well: `processor(streams, session=["DATASET/session:ID", "DATASET/subject:ID"])`
+uses those it knows; without them it predicts as for a session that it has never seen.
 
 ## Trained on
 
@@ -164,6 +170,7 @@ def raw_window(trained: Trained, window: Window, mask: Mask) -> dict[str, Array]
     entry, session = trained.store.entries[window.session], trained.store.session(window.session)
     keys = source_keys(trained, window.session)
     arrays: dict[str, Array] = {"pixels": window.pixels if mask.frames else window.pixels[:0]}
+    arrays["session"] = np.array([keys[i] for i in np.flatnonzero(window.sources.modality == SESSION)], np.str_)
     arrays["frame_time_s"] = window.frame_time_s if mask.frames else window.frame_time_s[:0]
     number = 0
     for place, stream in token_streams(entry):

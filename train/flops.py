@@ -66,7 +66,7 @@ def parameters(config: BrainloomConfig) -> dict[str, int]:
     channels = config.population_channels
     population = width * channels + NUM_AROUND * channels * width + 3 * width + NUM_BLOCKS * (mlp + width)
     samples = (config.samples_per_token + NUM_SUMS) * width
-    latents = config.latents_per_step * width
+    latents = (config.latents_per_step + row) * width  # what is learned of a step, and how a session's row adds to it
     return {
         "identity": (config.num_unit_features + 1) * row + row**2 + row * width + len(MODALITIES) * width,
         "encoder": attention + mlp + patches + samples + latents + 3 * width,  # a null key and two norms
@@ -93,6 +93,7 @@ def products(config: BrainloomConfig, shape: Shape) -> dict[str, list[Product]]:
             Product(patches, config.frames_per_patch * config.patch_size**2, 2 * width, learns=False),
             Product(patches, 2 * width, width),
             *(Product(*sizes) for sizes in square),  # queries and output, keys, gates
+            Product(1, row, width),
             *_reading(config, latents, keys),
             *_mlp(config, latents),
         ],

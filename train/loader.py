@@ -6,7 +6,7 @@ not be read, and was skipped.
 
 import queue
 import threading
-from collections.abc import Generator, Iterator, Mapping, Sequence
+from collections.abc import Collection, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ from train.eras import Order, eras_from
 from train.masking import draw_mask
 from train.mixing import session_key, session_weights
 from train.model.configuration_brainloom import BrainloomConfig
+from train.model.processing_brainloom import SESSION
 from train.sampler import positions
 
 READ_AHEAD = 4
@@ -48,9 +49,11 @@ Batch = tuple[dict[str, Tensor], list[Skipped]]
 class TrainingSamples:
     """Position -> sample, a pure function of (store, configuration, eras, position)."""
 
-    def __init__(self, store: str | Path, config: RunConfig, model: BrainloomConfig) -> None:
-        """Those of a run that begins. Raises ConfigError."""
-        self.path, self.config, self.model = store, config, model
+    def __init__(
+        self, store: str | Path, config: RunConfig, model: BrainloomConfig, origins: Collection[str] | None = None
+    ) -> None:
+        """Those of a run that begins; `origins` as SourceTable has them. Raises ConfigError."""
+        self.path, self.config, self.model, self.origins = store, config, model, origins
         opened = Store(store)
         longest_s = max(turn.context_s for turn in config.turns)
         self.windows = split_windows(opened, "train", longest_s, config.data.stride_s)
@@ -66,7 +69,8 @@ class TrainingSamples:
                 "Shorten data.context_s, or ingest longer recordings."
             )
         self.budgets = {
-            turn: budget(opened, replace(config.data, context_s=turn.context_s), turn.mix) for turn in config.turns
+            turn: budget(opened, replace(config.data, context_s=turn.context_s), turn.mix, origins)
+            for turn in config.turns
         }
         self._reader: WindowReader | None = None  # opened by whoever reads, never carried into a worker
         self._skipped: list[Skipped] = []
@@ -80,7 +84,7 @@ class TrainingSamples:
 
     def _open(self) -> WindowReader:
         if self._reader is None:
-            self._reader = WindowReader(Store(self.path), self.model, self.config.data.max_frames)
+            self._reader = WindowReader(Store(self.path), self.model, self.config.data.max_frames, self.origins)
         return self._reader
 
     def window_at(self, position: int) -> tuple[str, float]:
@@ -112,8 +116,8 @@ class TrainingSamples:
             window = reader.nothing(session, start_ns)  # so that nothing else in the run depends on what is damaged
         mask = draw_mask(turn.mix, window.tokens, turn.context_s, chance)
         sample = make_sample(window, mask, self.budgets[turn], chance)
-        is_unit = sample["source_modality"] < 2
-        dropped = is_unit & (chance.random(len(is_unit)) < self.config.train.unit_dropout)
+        may_drop = (sample["source_modality"] < 2) | (sample["source_modality"] == SESSION)
+        dropped = may_drop & (chance.random(len(may_drop)) < self.config.train.unit_dropout)
         sample["unit_rows"][dropped] = -1
         return sample
 

@@ -19,7 +19,7 @@ from train.build import model_config
 from train.dataset import Window, WindowReader, collate_windows
 from train.masking import Mask
 from train.model.modeling_brainloom import BrainloomForPreTraining
-from train.model.processing_brainloom import BrainloomProcessor
+from train.model.processing_brainloom import SESSION, BrainloomProcessor
 from train.unit_table import UnitTable
 
 ADAPTED = "adapt.json"  # what makes a folder an adapted model's
@@ -61,9 +61,9 @@ def load_trained(run_dir: Path) -> Trained:
     shape = model_config(run)
     model = BrainloomForPreTraining(shape)
     model.load_state_dict(checkpoint.full_state(found))
-    reader = WindowReader(store, shape, run.data.max_frames)
-    table = UnitTable(reader.source_table.keys, shape.unit_embed_size, torch.device("cpu"))
     rows, keys = found.table()
+    reader = WindowReader(store, shape, run.data.max_frames, set(keys))  # who was not there then has no row
+    table = UnitTable(reader.source_table.keys, shape.unit_embed_size, torch.device("cpu"))
     table.load({**rows, "weight": rows.get("average", rows["weight"])}, keys)
     return Trained(run, store, model.eval(), table, reader)
 
@@ -76,7 +76,7 @@ class Known:
         unknown: which rows of the store's table it does not know (R,).
         matched: what was taken for something else, or is missing, as lines of text.
         rows: all rows of the hub's own table (K, E).
-        modality: of each of them (K,), an index into MODALITIES.
+        modality: of each of them (K,), an index into the model's MODALITIES.
     """
 
     unknown: npt.NDArray[np.bool_]
@@ -86,14 +86,17 @@ class Known:
 
 
 def open_hub(hub: Path, store: Store) -> tuple[Trained, Known]:
-    """The model with the rows of this store's sources, as far as it knows them; the others are zero."""
+    """The model with the rows of this store's sources, as far as it knows them; the others are zero.
+
+    A session or subject that it does not know has no row at all: nothing is inferred of it, and nothing fitted.
+    """
     if not (hub / "config.json").exists():
         raise ConfigError(f"{hub} is no hub folder: it has no config.json. Make one: make export RUN_DIR=… HUB={hub}")
     model = BrainloomForPreTraining.from_pretrained(hub).eval().requires_grad_(False)
     processor = BrainloomProcessor.from_pretrained(hub)
     shape = model.config
     run = config.RunConfig(data=config.DataConfig(context_s=shape.context_s))
-    reader = WindowReader(store, shape, run.data.max_frames)
+    reader = WindowReader(store, shape, run.data.max_frames, set(processor.unit_keys))
     table = UnitTable(reader.source_table.keys, shape.unit_embed_size, torch.device("cpu"))
     table.weight.zero_()
     unknown, matched = take_known_rows(table, set(reader.source_table.channel_keys), processor)
@@ -106,8 +109,10 @@ def take_known_rows(
 ) -> tuple[npt.NDArray[np.bool_], list[str]]:
     """Rows by key; a channel that is known from another session by dataset and name, else by its name alone."""
     exact = {key: row for row, key in enumerate(processor.unit_keys)}
-    of_dataset = {(key.split("/")[0], *key.split("/")[2:]): row for key, row in exact.items()}
-    by_name = {tuple(key.split("/")[2:]): row for key, row in exact.items()}
+    modality = processor.units["modality"].tolist()
+    with_tokens = {key: row for key, row in exact.items() if modality[row] != SESSION}
+    of_dataset = {(key.split("/")[0], *key.split("/")[2:]): row for key, row in with_tokens.items()}
+    by_name = {tuple(key.split("/")[2:]): row for key, row in with_tokens.items()}
     unknown, matched = np.zeros(len(table.keys), np.bool_), []
     for number, key in enumerate(table.keys):
         row = exact.get(key)

@@ -7,7 +7,7 @@ from typing import Any
 
 from transformers import PretrainedConfig
 
-MODALITIES = ("spikes", "traces", "behavior", "stimulus", "events")
+MODALITIES = ("spikes", "traces", "behavior", "stimulus", "events", "session")  # the last: a session, or its subject
 LIKELIHOODS = {  # what each modality's values may be drawn from; the first is the default
     "spikes": ("poisson", "negative_binomial"),
     "traces": ("gaussian", "calcium", "student_t", "zero_inflated_gamma"),

@@ -53,12 +53,13 @@ from .surround_brainloom import Surround, surround
 
 PART_OF = {  # in which part of the model what is not named like it is counted
     "latent_embed": "encoder",
+    "session_proj": "encoder",
     "patches": "encoder",
     "layers": "trunk",
     "norm": "trunk",
     "readout": "decoder",
 }
-TRACES = MODALITIES.index("traces")
+TRACES, SESSION = MODALITIES.index("traces"), MODALITIES.index("session")
 TIME_BIAS = 1.2  # of queries and keys at the start: the larger, the nearer they look
 
 
@@ -280,6 +281,7 @@ class BrainloomModel(BrainloomPreTrainedModel):
         super().__init__(config)
         self.identity = BrainloomIdentity(config)
         self.latent_embed = nn.Parameter(torch.zeros(config.latents_per_step, config.hidden_size))
+        self.session_proj = BrainloomZeroLinear(config.unit_embed_size, config.hidden_size, bias=False)  # silent, too
         self.patches = BrainloomPatches(config)
         self.encoder = BrainloomEncoder(config)
         self.layers = nn.ModuleList(BrainloomLayer(config, index) for index in range(config.num_hidden_layers))
@@ -308,7 +310,8 @@ class BrainloomModel(BrainloomPreTrainedModel):
         Args:
             unit_embeds: rows of the unit table (B, S, E), zero where a source has none.
             unit_features: measured features (B, S, U).
-            source_modality: modality of each source (B, S), an index into MODALITIES.
+            source_modality: modality of each source (B, S), an index into MODALITIES. A session and its subject are
+                sources without tokens: their rows are added to all latents, and may be absent.
             input_values: standardised samples of the visible tokens (B, N, P).
             input_observed: which of them exist (B, N, P), bool.
             input_source: source of each token (B, N), an index into S.
@@ -333,12 +336,13 @@ class BrainloomModel(BrainloomPreTrainedModel):
         key_time = torch.cat([token_time.new_zeros(batch, 1), token_time, frame_time], dim=1)
         length_s = self.config.context_s if context_s is None else context_s
         grid_s = time_grid(length_s, self.config.latent_hz, input_mask.device)
-        latents = self.latent_embed.repeat(len(grid_s), 1)
+        session_BE = torch.where((source_modality == SESSION)[..., None], unit_embeds, 0.0).sum(1)
+        latents_BLD = self.latent_embed.repeat(len(grid_s), 1) + self.session_proj(session_BE)[:, None]
         latent_time_s = grid_s.repeat_interleave(self.config.latents_per_step)
         angles = rotary_angles(latent_time_s[None], self.config)
         patches = self.patches(pixels, frame_mask)
         x_BLD = self.encoder(
-            latents.expand(batch, -1, -1),
+            latents_BLD,
             identity_BSD,
             values_BNP,
             own_history(values_BNP, input_source, token_time, identity_BSD.shape[1], length_s),

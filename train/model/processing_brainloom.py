@@ -7,6 +7,7 @@ Shape suffixes: K token times, S sources, P samples per token, n tokens, F frame
 """
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -24,7 +25,7 @@ from .events_brainloom import NextEvent, intensities
 from .likelihoods_brainloom import MIN_HEIGHT
 
 Array = npt.NDArray[Any]
-TRACES, EVENTS = MODALITIES.index("traces"), MODALITIES.index("events")
+TRACES, EVENTS, SESSION = (MODALITIES.index(name) for name in ("traces", "events", "session"))
 IS_COUNTED = np.array([name in COUNTED for name in MODALITIES])
 STANDARD_LIMIT = 20.0  # standard deviations; what lies beyond is an artefact
 PIXEL_MEAN, PIXEL_SCALE = 127.5, 64.0
@@ -107,8 +108,18 @@ class BrainloomProcessor(FeatureExtractionMixin):
             )
         return torch.tensor([place[key] for key in keys], dtype=torch.int64)
 
+    def session_rows(self, keys: Sequence[str]) -> Tensor:
+        """Rows of a session and its subject; what is not in the table as such has none: it is absent."""
+        place = {key: row for row, key in enumerate(self.unit_keys)} if keys else {}
+        rows = torch.tensor([place[key] for key in keys if key in place], dtype=torch.int64)
+        return rows[self.units["modality"][rows] == SESSION]
+
     def __call__(
-        self, streams: list[Stream], pixels: Array | None = None, frame_time_s: Array | None = None
+        self,
+        streams: list[Stream],
+        pixels: Array | None = None,
+        frame_time_s: Array | None = None,
+        session: Sequence[str] = (),
     ) -> dict[str, Tensor]:
         """Inputs of one window, batch size 1.
 
@@ -117,6 +128,7 @@ class BrainloomProcessor(FeatureExtractionMixin):
             pixels: stimulus that is visible (F, H, W), grey at the model's image size: uint8, or float standardised as
                 `standard_pixels` does.
             frame_time_s: when each frame came on (F,).
+            session: what the recording is of, as far as the model knows it: `dataset/session:…`, `dataset/subject:…`.
         """
         rows = self.rows([key for stream in streams for key in stream.keys])
         first = np.cumsum([0, *(len(stream.keys) for stream in streams)])
@@ -124,6 +136,8 @@ class BrainloomProcessor(FeatureExtractionMixin):
         token = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
         visible, asked = np.flatnonzero(token["visible"]), np.flatnonzero(token["asked"])
         modality = torch.tensor([MODALITIES.index(s.modality) for s in streams for _ in s.keys])
+        of_session = self.session_rows(session)
+        rows, modality = torch.cat([rows, of_session]), torch.cat([modality, torch.full_like(of_session, SESSION)])
         mean = self.units["mean"][rows]
         shown = np.zeros((0, *self.image_size), np.float32) if pixels is None else pixels
         shown = standard_pixels(shown) if shown.dtype == np.uint8 else shown
