@@ -305,7 +305,7 @@ def test_an_outsider_gets_the_same_predictions_and_what_comes_next(trained: Trai
     processor: BrainloomProcessor = export.processor(trained)
     assert {"d1/full/licks/left", "d1/full/tones/tone", "d1/still/licks/right"} <= set(processor.unit_keys)
     streams = [a_stream(raw, number) for number in range(int(raw["num_streams"]))]
-    inputs = processor(streams)
+    inputs = processor(streams, session=raw["session"].tolist())
     with torch.inference_mode():
         predictions = trained.model(**inputs).predictions
     (expected,) = trained.predict([window], [mask])
