@@ -127,16 +127,14 @@ def test_a_draw_of_units_neither_counts_nor_drops_them(reader: WindowReader) -> 
     assert (few.sources.modality < 2).sum() == 2 and (few.sources.modality == SESSION).sum() == 2
 
 
-def test_they_are_dropped_in_training_as_units_are(root: Path) -> None:
-    absent = {}
-    for share in (0.0, 0.5, 1.0):
-        run = replace(RUN, train=replace(RUN.train, unit_dropout=share))
-        samples = TrainingSamples(root, run, model_config(run))
-        drawn = [samples[position] for position in range(20)]
-        rows = np.concatenate([one["unit_rows"][one["source_modality"] == SESSION] for one in drawn])
-        assert len(rows) == 40
-        absent[share] = int((rows == -1).sum())
-    assert absent[0.0] == 0 and absent[1.0] == 40 and 10 < absent[0.5] < 30
+def test_half_of_the_samples_are_as_of_a_new_recording_and_half_of_those_of_a_new_subject(root: Path) -> None:
+    run = replace(RUN, train=replace(RUN.train, unit_dropout=0.0))
+    samples = TrainingSamples(root, run, model_config(run))
+    drawn = [samples[position] for position in range(80)]
+    rows = np.stack([one["unit_rows"][one["source_modality"] == SESSION] for one in drawn])
+    session, subject = (rows == -1).T
+    assert rows.shape == (80, 2) and session[subject].all()
+    assert 30 < session.sum() < 50 and 12 < subject.sum() < 28
 
 
 # ---------------------------------------------------------------- the model

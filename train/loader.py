@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
@@ -116,9 +117,10 @@ class TrainingSamples:
             window = reader.nothing(session, start_ns)  # so that nothing else in the run depends on what is damaged
         mask = draw_mask(turn.mix, window.tokens, turn.context_s, chance)
         sample = make_sample(window, mask, self.budgets[turn], chance)
-        may_drop = (sample["source_modality"] < 2) | (sample["source_modality"] == SESSION)
-        dropped = may_drop & (chance.random(len(may_drop)) < self.config.train.unit_dropout)
+        is_unit = sample["source_modality"] < 2
+        dropped = is_unit & (chance.random(len(is_unit)) < self.config.train.unit_dropout)
         sample["unit_rows"][dropped] = -1
+        sample["unit_rows"][_absent_origins(sample["source_modality"], chance)] = -1
         return sample
 
     def batch(self, at: Sequence[int], pinned: bool = False) -> Batch:
@@ -126,6 +128,12 @@ class TrainingSamples:
         samples = [self[position] for position in at]
         skipped, self._skipped = self._skipped, []
         return collate(samples, pinned), skipped
+
+
+def _absent_origins(modality: npt.NDArray[np.int64], chance: np.random.Generator) -> npt.NDArray[np.int64]:
+    """Places (k,) of the session, half of the time, and half of that of its subject too: as in a recording to come."""
+    origins, drawn = np.flatnonzero(modality == SESSION), chance.random()
+    return origins[: 0 if drawn >= 0.5 else 1 if drawn >= 0.25 else len(origins)]
 
 
 class Feed(Iterator[dict[str, Tensor]]):
