@@ -54,7 +54,7 @@ def recipe(recording: Recording, fold: int | None) -> dict[str, Any]:
     of_heading = {
         "angles": [f"{heading}/ry"],
         "names": {f"{heading}/ry": "head_direction"},
-        "exclude": [f"{heading}/rx", f"{heading}/rz", "acquisition/Position"],
+        "exclude": [f"{heading}/rx", f"{heading}/rz", "acquisition/Position", "acquisition/sleep_ripples"],
     }
     return {"dataset_id": "science", **(of_heading if recording.heading.size else {}), "splits": {"explicit": explicit}}
 
