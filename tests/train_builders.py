@@ -171,16 +171,25 @@ def one_window(reader: WindowReader, session_id: str, at_s: float = 3.0, context
 
 
 USUAL_INPUTS = 32  # of a tiny model's layers
+FIRST_MODALITIES = 4  # spikes, traces, behavior, stimulus
 
 
 def moved_model(run: RunConfig, seed: int = 5) -> BrainloomForPreTraining:
-    """A model whose every parameter has been moved, so that no branch is silent; what sums much is moved less."""
+    """A model whose every parameter has been moved, so that no branch is silent; what sums much is moved less.
+
+    A modality that came later moves its own row, and nothing else: the other numbers are what they were.
+    """
     model = build_model(run)
-    chance = torch.Generator().manual_seed(seed)
+    chance, of_later = torch.Generator().manual_seed(seed), torch.Generator().manual_seed(seed + 1)
     with torch.no_grad():
-        for parameter in model.parameters():
+        for name, parameter in model.named_parameters():
+            first = FIRST_MODALITIES if name.endswith("modality_embed") else len(parameter)
+            drawn = [
+                torch.randn(rows.shape, generator=generator)
+                for rows, generator in ((parameter[:first], chance), (parameter[first:], of_later))
+            ]
             size = 0.05 * min(1.0, (USUAL_INPUTS / parameter.shape[-1]) ** 0.5)
-            parameter += size * torch.randn(parameter.shape, generator=chance)
+            parameter += size * torch.cat(drawn)
     return model.eval()
 
 
