@@ -58,7 +58,7 @@ def test_the_largest_preset_on_the_target_machine(capsys: pytest.CaptureFixture[
         r"a GPU at the worst moment, with 5% of slack +[56]\d\.\d{3}",
         r"gradients, scattered +2\.31 +2 ",
         r"rows of the unit table, and back +0\.269 +1 ",
-        r"weights, gathered after the step +0\.00077 +1 .* 162 +0\.02",
+        r"weights, gathered after the step +0\.000773 +1 .* 162 +0\.02",
         r"\n2 +16 +8 +6\d\.\d .* to .* 9\d%\n4 +32 +4 .*\n8 +64 +2 ",
         r"100,000 steps: 0\.3\d+ to 0\.3\d+ days",
         r"One pass through 1,000 hours of recording \(7,200,000 windows\): 3,515\.6 steps, ",

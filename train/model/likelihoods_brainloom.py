@@ -88,7 +88,14 @@ class Likelihood:
 
 
 class Poisson(Likelihood):
-    """Counts whose variance is their mean."""
+    """Counts whose variance is their mean; of typed events, a marked point process.
+
+    Where the intensities l_i of all types i are constant within a bin (Daley & Vere-Jones 2003, chapter 7), the NLL of
+    a marked point process is the integral of all intensities minus the sum of log l_i(t) over events (t, i): that of
+    Poisson counts, up to what depends on the counts alone. It is the NLL of the time to each event, whose hazard is the
+    sum of all l_i, times a categorical over types, l_i over that sum (competing risks; Prentice 1978). See
+    events_brainloom.py.
+    """
 
     def expected(self, readout: Readout) -> Tensor:
         return readout.null * self.growth(readout).exp()
@@ -111,16 +118,6 @@ class Poisson(Likelihood):
     def growth(readout: Readout) -> Tensor:
         """Log of the mean over that of the null."""
         return bounded(readout.location, readout.rate_limit)
-
-
-class PointProcess(Poisson):
-    """How many events of one type fall into a bin: what happens and when, as intensities of every type.
-
-    A marked point process whose intensities l_i are constant within a bin (Daley & Vere-Jones 2003, chapter 7): its NLL
-    is the integral of all intensities minus the sum of log l_i(t) over events (t, i), which is that of Poisson counts,
-    up to what depends on the counts alone. It is the NLL of the time to each event, whose hazard is the sum of all l_i,
-    times a categorical over types, l_i over that sum (competing risks; Prentice 1978). See events_brainloom.py.
-    """
 
 
 class NegativeBinomial(Poisson):
@@ -278,9 +275,10 @@ def count_quantile(level: float, log_pmf: Callable[[int], Tensor]) -> Tensor:
     return count
 
 
+POISSON = Poisson()
 FAMILIES: dict[str, Likelihood] = {
-    "poisson": Poisson(),
-    "point_process": PointProcess(),
+    "poisson": POISSON,
+    "point_process": POISSON,  # one and the same, so that it is computed once
     "negative_binomial": NegativeBinomial(),
     "gaussian": Gaussian(),
     "calcium": Calcium(),
