@@ -27,14 +27,15 @@ class Turn:
     context_s: float
 
 
-# Layers, width, heads, inner width, unit row: the trunk has about 12 * width^2 parameters a layer.
+# Layers, width, heads, inner width, unit row: the trunk has about 12 * width^2 parameters a layer. Rows are wide:
+# one of 64 numbers held a unit's readout back by a tenth (CONTRIBUTING.md, 2026-11-29).
 PRESETS: dict[str, dict[str, Any]] = {
     "debug": {
         "hidden_size": 128,
         "num_hidden_layers": 4,
         "num_attention_heads": 4,
         "intermediate_size": 344,
-        "unit_embed_size": 64,
+        "unit_embed_size": 256,
     },
     "20m": {
         "hidden_size": 384,
