@@ -127,14 +127,14 @@ def test_a_draw_of_units_neither_counts_nor_drops_them(reader: WindowReader) -> 
     assert (few.sources.modality < 2).sum() == 2 and (few.sources.modality == SESSION).sum() == 2
 
 
-def test_half_of_the_samples_are_as_of_a_new_recording_and_half_of_those_of_a_new_subject(root: Path) -> None:
+def test_most_samples_are_as_of_a_new_subject_and_some_as_of_a_new_session(root: Path) -> None:
     run = replace(RUN, train=replace(RUN.train, unit_dropout=0.0))
     samples = TrainingSamples(root, run, model_config(run))
     drawn = [samples[position] for position in range(80)]
     rows = np.stack([one["unit_rows"][one["source_modality"] == SESSION] for one in drawn])
     session, subject = (rows == -1).T
     assert rows.shape == (80, 2) and session[subject].all()
-    assert 30 < session.sum() < 50 and 12 < subject.sum() < 28
+    assert 50 < subject.sum() < 70 and 0 < (session & ~subject).sum() < 20 and 0 < (~session).sum() < 20
 
 
 # ---------------------------------------------------------------- the model

@@ -35,7 +35,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "num_hidden_layers": 4,
         "num_attention_heads": 4,
         "intermediate_size": 344,
-        "unit_embed_size": 256,
+        "unit_embed_size": 128,
     },
     "20m": {
         "hidden_size": 384,

@@ -29,6 +29,7 @@ from train.model.processing_brainloom import SESSION
 from train.sampler import positions
 
 READ_AHEAD = 4
+NEW_SUBJECT, NEW_SESSION = 0.75, 0.125  # shares of samples that are as of a new subject, a new session of a known one
 
 
 @dataclass(frozen=True)
@@ -131,9 +132,12 @@ class TrainingSamples:
 
 
 def _absent_origins(modality: npt.NDArray[np.int64], chance: np.random.Generator) -> npt.NDArray[np.int64]:
-    """Places (k,) of the session, half of the time, and half of that of its subject too: as in a recording to come."""
+    """Places (k,) of session and subject where both are absent, as in a recording of a new subject, or the session is.
+
+    Else a core learns to lean on them, and has little to say of those that it has never met.
+    """
     origins, drawn = np.flatnonzero(modality == SESSION), chance.random()
-    return origins[: 0 if drawn >= 0.5 else 1 if drawn >= 0.25 else len(origins)]
+    return origins[: len(origins) if drawn < NEW_SUBJECT else 1 if drawn < NEW_SUBJECT + NEW_SESSION else 0]
 
 
 class Feed(Iterator[dict[str, Tensor]]):
