@@ -4,6 +4,7 @@ In: a moved model on a tiny store, a store with other sessions. Out: rows, repor
 """
 
 import json
+import shutil
 from argparse import Namespace
 from dataclasses import replace
 from pathlib import Path
@@ -135,6 +136,15 @@ def test_a_dry_run_writes_nothing(hub: Path, other: Path, tmp_path: Path, capsys
 def test_what_is_no_hub_folder_is_refused(other: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"is no hub folder: it has no config.json. Make one: make export"):
         adapt.main(arguments(tmp_path, other, tmp_path / "out"))
+
+
+def test_a_hub_folder_of_another_version_is_refused(hub: Path, other: Path, tmp_path: Path) -> None:
+    old = tmp_path / "old"
+    shutil.copytree(hub, old)
+    config = json.loads((old / "config.json").read_text())
+    (old / "config.json").write_text(json.dumps({**config, "population_channels": config["population_channels"] + 1}))
+    with pytest.raises(ConfigError, match=r"old holds weights of other names or shapes .* Use that version, or train"):
+        open_hub(old, Store(other))
 
 
 def test_a_folder_of_something_else_is_left_alone(hub: Path, other: Path, tmp_path: Path) -> None:

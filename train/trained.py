@@ -3,7 +3,9 @@
 In: a run folder with a checkpoint, or a hub folder and a store. Out: Trained, which predicts windows under masks.
 """
 
+import contextlib
 import json
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -51,6 +53,18 @@ class Trained:
         return {"unit_embeds": embeds, **batch}
 
 
+@contextlib.contextmanager
+def weights_that_fit(folder: Path) -> Iterator[None]:
+    """Weights of other shapes than the model has are another version's; what torch says of them is a page."""
+    try:
+        yield
+    except RuntimeError as error:
+        raise ConfigError(
+            f"{folder} holds weights of other names or shapes than this version's model has: another version wrote it. "
+            "Use that version, or train anew."
+        ) from error
+
+
 def load_trained(run_dir: Path) -> Trained:
     """The newest sealed checkpoint of a run, as a plain model in fp32; or an adapted model (train/adapt.py)."""
     if (run_dir / ADAPTED).exists():
@@ -60,7 +74,8 @@ def load_trained(run_dir: Path) -> Trained:
     found = checkpoint.newest_of_run(run_dir)
     shape = model_config(run)
     model = BrainloomForPreTraining(shape)
-    model.load_state_dict(checkpoint.full_state(found))
+    with weights_that_fit(run_dir):
+        model.load_state_dict(checkpoint.full_state(found))
     rows, keys = found.table()
     reader = WindowReader(store, shape, run.data.max_frames, set(keys))  # who was not there then has no row
     table = UnitTable(reader.source_table.keys, shape.unit_embed_size, torch.device("cpu"))
@@ -92,7 +107,8 @@ def open_hub(hub: Path, store: Store) -> tuple[Trained, Known]:
     """
     if not (hub / "config.json").exists():
         raise ConfigError(f"{hub} is no hub folder: it has no config.json. Make one: make export RUN_DIR=… HUB={hub}")
-    model = BrainloomForPreTraining.from_pretrained(hub).eval().requires_grad_(False)
+    with weights_that_fit(hub):
+        model = BrainloomForPreTraining.from_pretrained(hub).eval().requires_grad_(False)
     processor = BrainloomProcessor.from_pretrained(hub)
     shape = model.config
     run = config.RunConfig(data=config.DataConfig(context_s=shape.context_s))
