@@ -177,8 +177,8 @@ USUAL_INPUTS = 32  # of a tiny model's layers
 def moved_model(run: RunConfig, seed: int = 5) -> BrainloomForPreTraining:
     """A model whose every parameter has been moved, so that no branch is silent; what sums much is moved less.
 
-    By its name, as weights are: a new parameter leaves the others where they are. Not by more, or it predicts ten spikes
-    a bin, and the last digits of such a float are as large as what tests allow.
+    By its name, as weights are: a new parameter leaves the others where they are. Not by more: it would predict ten
+    spikes a bin, and the last digits of such a float are as large as what tests allow.
     """
     model = build_model(run)
     with torch.no_grad():
