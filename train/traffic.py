@@ -130,7 +130,7 @@ def exchanges(job: Job, passes: Passes) -> list[Exchange]:
 
 
 # The norm of the core's gradient and of the table's, whether one is not finite, and a step's row of metrics.
-SUMS = Exchange("sums of single numbers", 116, 2, "all", rounds=2 * 4)
+SUMS = Exchange("sums of single numbers", 132, 2, "all", rounds=2 * 4)
 
 
 def _of_the_core(job: Job) -> Iterator[Exchange]:
