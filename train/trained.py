@@ -24,6 +24,7 @@ from train.model.modeling_brainloom import BrainloomForPreTraining
 from train.model.processing_brainloom import SESSION, BrainloomProcessor
 from train.unit_table import UnitTable
 
+MISFITS = ("size mismatch", "mismatched", "Missing key", "Unexpected key")  # as torch and transformers say it
 ADAPTED = "adapt.json"  # what makes a folder an adapted model's
 
 
@@ -59,6 +60,8 @@ def weights_that_fit(folder: Path) -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
+        if not any(said in str(error) for said in MISFITS):
+            raise  # memory, a disk: nothing that another version would mend
         raise ConfigError(
             f"{folder} holds weights of other names or shapes than this version's model has: another version wrote it. "
             "Use that version, or train anew."
