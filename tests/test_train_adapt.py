@@ -6,6 +6,7 @@ In: a moved model on a tiny store, a store with other sessions. Out: rows, repor
 import json
 import shutil
 from argparse import Namespace
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,11 +22,13 @@ from prep import catalog
 from prep.settings import ConfigError
 from prep.store import Store
 from train import adapt, evaluate, export
-from train.masking import TASKS
-from train.support import Prior, infer_rows, most_probable, read_segments, segment_nats
+from train.dataset import Window
+from train.masking import TASKS, Mask
+from train.support import Prior, infer_rows, most_probable, others_mask, read_segments, segment_nats, support_mask
 from train.trained import Trained, load_trained, open_hub
 
 RUN = tiny_run()
+Masked = Callable[[Window, np.ndarray], Mask]
 
 
 @pytest.fixture(scope="module")
@@ -93,18 +96,39 @@ def test_new_units_are_inferred_and_nothing_else_changes(
     assert {row.task for row in rows} <= set(TASKS) and rows
 
 
-def test_the_inferred_rows_explain_more_of_the_support_than_no_rows(hub: Path, other: Path) -> None:
+@pytest.mark.parametrize("masked", [support_mask, others_mask])
+def test_the_inferred_rows_explain_more_of_the_support_than_no_rows(hub: Path, other: Path, masked: Masked) -> None:
     adapted, known = open_hub(hub, Store(str(other)))
     starts = [int(adapted.store.entries[0]["splits"][0][0]) + i * 1_000_000_000 for i in range(10)]
-    segments = list(read_segments(adapted, 0, starts, np.arange(6)))
+    units = np.flatnonzero(adapted.reader.sources(0).modality == 0)
+    segments = list(read_segments(adapted, 0, starts, units, masked))
     prior = Prior.of(known.rows[known.modality == 0])
-    rows = most_probable(adapted, segments, 6, prior)
+    rows = most_probable(adapted, segments, prior.mean_E.expand(len(units), -1), prior, 60)
 
     def cost(rows: torch.Tensor) -> float:
         found = sum(segment_nats(adapted, segment, rows) for segment in segments)
         return float(found + prior.nats(rows))
 
-    assert cost(rows) < cost(prior.mean_E.expand(6, -1)) and cost(rows) < cost(torch.zeros_like(rows))
+    assert cost(rows) < cost(prior.mean_E.expand(len(units), -1)) and cost(rows) < cost(torch.zeros_like(rows))
+
+
+def test_new_units_are_read_from_others_and_never_from_themselves(hub: Path, other: Path) -> None:
+    """What a segment holds of a unit, so that its row can be a regression, does not depend on what the unit did."""
+    adapted, _ = open_hub(hub, Store(str(other)))
+    start = int(adapted.store.entries[0]["splits"][0][0])
+    units = np.flatnonzero(adapted.reader.sources(0).modality == 0)
+    (before,) = read_segments(adapted, 0, [start], units, others_mask)
+    read, moved = adapted.reader.read, units[before.asked["source_fold"][0].numpy() == 0]
+
+    def changed(*where: Any) -> Window:
+        window = read(*where)
+        own = np.isin(window.tokens.source, moved)
+        return replace(window, values=np.where(own[:, None], 1 - 2 * window.values, window.values))
+
+    adapted.reader.read = changed  # type: ignore[method-assign]  # of this reader alone
+    (after,) = read_segments(adapted, 0, [start], units, others_mask)
+    assert torch.equal(before.asked["left_out"][:, 0], after.asked["left_out"][:, 0])
+    assert not torch.equal(before.asked["left_out"][:, 1], after.asked["left_out"][:, 1])
 
 
 def test_fitting_moves_new_rows_alone(trained: Trained, hub: Path, other: Path, tmp_path: Path) -> None:

@@ -61,7 +61,7 @@ def test_operations_are_those_of_the_built_model(preset: str) -> None:
 
 def test_operations_follow_every_size_of_a_batch() -> None:
     config = BrainloomConfig(**PRESETS["debug"], latents_per_step=8, samples_per_token=8, patch_size=12)
-    for changed in ({"batch": 3}, {"sources": 900}, {"tokens": 50}, {"frames": 40}, {"context_s": 7.0}):
+    for changed in ({"batch": 3}, {"sources": 900}, {"tokens": 50}, {"frames": 40}, {"context_s": 7.0}, {"folds": 4}):
         shape = Shape(**{**vars(SHAPE), **changed})
         assert forward_flops(config, shape) == pytest.approx(counted(config, shape), rel=0.02)
 

@@ -93,21 +93,23 @@ def test_sums_and_fading_means_are_those_of_counting() -> None:
 
 def test_gaps_are_means_over_what_is_visible_at_all() -> None:
     around = found()
-    assert around.num_seen.tolist() == [2, 2], "the third source has no sample"
+    assert around.seen.tolist() == [[True, True, False]] * 2, "the third source has no sample"
+    gaps = around.mean_gaps(around.seen[..., None].float())[:, 0]
     for at in (0, 17, NUM_TIMES - 1):
         before = []
         for source in range(2):
             steps = [step for step in samples_of(0, source, 0) if step <= at]
             before.append(math.log1p(at - max(steps) if steps else min(at + 1, NUM_TIMES)))
-        torch.testing.assert_close(around.gaps[0, at, 0], torch.tensor(sum(before) / 2))
+        torch.testing.assert_close(gaps[0, at, 0], torch.tensor(sum(before) / 2))
 
 
 def test_where_nothing_is_visible_all_is_zero_and_far() -> None:
     values, observed, source, step = tokens(0)
     around = surround(values * 0, observed & False, source, step / HZ, IS_SPIKES, NUM_TIMES, HZ)
     assert not around.sums.any() and not around.own.any()
-    assert around.num_seen.tolist() == [1, 1]
-    torch.testing.assert_close(around.gaps, torch.full_like(around.gaps, math.log1p(NUM_TIMES)))
+    assert not around.seen.any()
+    gaps = around.mean_gaps(around.seen[..., None].float())
+    torch.testing.assert_close(gaps, torch.full_like(gaps, math.log1p(NUM_TIMES)))
 
 
 def test_a_sample_at_the_edge_of_two_steps_is_in_the_later_one() -> None:
@@ -115,4 +117,4 @@ def test_a_sample_at_the_edge_of_two_steps_is_in_the_later_one() -> None:
     value, seen = torch.ones(1, 1, 1), torch.ones(1, 1, 1, dtype=torch.bool)
     source, time = torch.zeros(1, 1, dtype=torch.int64), torch.full((1, 1, 1), 0.06)
     around = surround(value, seen, source, time, torch.ones(1, 1, dtype=torch.bool), 10, HZ)
-    torch.testing.assert_close(around.gaps[0, :4, 1], torch.tensor([3.0, 2.0, 1.0, 0.0]).log1p())
+    torch.testing.assert_close(around.gaps[0, 0, :4, 1], torch.tensor([3.0, 2.0, 1.0, 0.0]).log1p())

@@ -122,6 +122,8 @@ def arguments(config: BrainloomConfig, shape: Shape) -> dict[str, Tensor]:
         "labels": (torch.float32, (shape.queries, samples)),
         "label_mask": (torch.bool, (shape.queries, samples)),
     }
+    if shape.folds:
+        sizes["source_fold"] = (torch.int64, (shape.sources,))
     made = {name: torch.zeros(shape.batch, *size, dtype=kind) for name, (kind, size) in sizes.items()}
     made["unit_embeds"].requires_grad_()
     return made

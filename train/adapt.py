@@ -29,7 +29,7 @@ FIT = OptimConfig(  # what a user asks of a model: activity from all that is kno
     unit_lr=0.03,
     warmup_steps=10,
     unit_dropout=0.0,
-    families=("encoding", "co_smoothing", "encoding", "decoding"),
+    families=("encoding", "leave_out+decoding"),
 )
 
 

@@ -17,20 +17,22 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import torch
 
 from prep.settings import ACTIVITY
 from prep.settings import MODALITIES as STORED
 from prep.store import Store
 from train import masking
-from train.audit_training import TrainingBatches, own_mask_share
+from train.audit_training import NUM_SAMPLES, TrainingBatches, mask_of, own_mask_share
 from train.audit_windows import Bools, Predictions, Replacement, companion, difference, shift, shuffle, spoil, unshuffle
 from train.build import model_config
-from train.config import FAMILIES, Family
+from train.config import ALL_FAMILIES, Family
 from train.dataset import Window, WindowReader
 from train.evaluate import spread, suits
 from train.event_counts import as_read
 from train.masking import TASKS, Mask, Task, TokenTable, is_activity
 from train.modalities import MODALITIES, Modality
+from train.model.decoder_brainloom import NUM_FOLDS
 from train.trained import Trained, load_trained
 
 TOLERANCE = 1e-5  # of what the order of a sum may change, relative to the largest prediction where that is above 1
@@ -41,6 +43,7 @@ SEES: dict[Family, tuple[Modality, ...]] = {  # of the store's modalities: event
     "decoding": ACTIVITY,
     "encoding": ("behavior", "stimulus"),
     "inpainting": STORED,
+    "leave_out": ACTIVITY,
 }
 ASKS: dict[Family, tuple[Modality, ...]] = {  # activity elsewhere
     "decoding": ("behavior", "events"),
@@ -207,6 +210,38 @@ def value_checks(store: Store, case: Case) -> Iterator[Row]:
         yield Row(case.name, "seen", apart, apart == 0, "noise in its place changes nothing")
 
 
+def fold_checks(store: Store, batches: TrainingBatches) -> Iterator[Row]:
+    """One fold after the other replaced: what is asked of its units may not change by one bit; of others it must."""
+    name, chance = f"training {batches.family}", np.random.default_rng(0)
+    batch, windows = batches.batch(range(NUM_SAMPLES))
+    fold_BS = batch["source_fold"]
+    fold_BQ = torch.where(batch["label_mask"].any(-1), fold_BS.gather(1, batch["query_source"]), -1).numpy()
+    foreign = 0
+    for number, window in enumerate(windows):
+        mask, num_strange = mask_of(batch, number, window)
+        foreign += num_strange + int((mask.visible & ~_stored_as(store, window, ACTIVITY)).sum()) + int(mask.frames)
+    yield Row(name, "mask", foreign, foreign > 0, f"{foreign} tokens or films are shown that are no activity")
+    before = batches.answers(batch)
+    for how in ("noise", "other"):  # of values that others may see, so that they are never missing
+        apart = seen = 0.0
+        for fold in range(NUM_FOLDS):
+            spoiled = []
+            for number, window in enumerate(windows):
+                row = window.sources.row  # the whole unit, in whichever stream it is
+                in_fold = row[fold_BS[number, : len(row)].numpy() == fold]
+                own = np.isin(row[window.tokens.source], in_fold)
+                samples = np.repeat(own[:, None], window.values.shape[1], axis=1)
+                shots = np.zeros(len(window.pixels), np.bool_)
+                spoiled.append(spoil(window, (samples, shots), how, windows[number - 1], chance))
+            after = batches.answers(batches.batch(range(NUM_SAMPLES), spoiled.__getitem__)[0])
+            apart = max(apart, difference([before[fold_BQ == fold]], [after[fold_BQ == fold]]))
+            others = (fold_BQ >= 0) & (fold_BQ != fold)
+            seen = max(seen, difference([before[others]], [after[others]]))
+        yield Row(name, how, apart, apart > 0)
+        if how == "noise" and (fold_BQ >= 0).any():
+            yield Row(name, "seen", seen, seen == 0, "noise in its place changes nothing")
+
+
 def order_checks(trained: Trained, case: Case) -> Iterator[Row]:
     """Other company, sources and tokens in another order, more padding: the same predictions within TOLERANCE."""
     chance = np.random.default_rng(1)
@@ -294,10 +329,13 @@ def task_case(trained: Trained, task: Task, windows: list[Window]) -> Case:
     )
 
 
-def audit_training(trained: Trained, families: Sequence[Family] = FAMILIES) -> Iterator[Row]:
+def audit_training(trained: Trained, families: Sequence[Family] = ALL_FAMILIES) -> Iterator[Row]:
     """The samples on which a run trains, family by family; their masks are read back from the batch."""
     for family in families:
         batches = TrainingBatches(trained, family)
+        if family == "leave_out":
+            yield from fold_checks(trained.store, batches)
+            continue
         windows, masks, num_strange = batches.first()
         case = Case(
             name=f"training {family}",

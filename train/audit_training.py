@@ -7,6 +7,7 @@ Shape suffixes: n tokens.
 
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -85,13 +86,21 @@ class TrainingBatches:
 
         One flat array a sample: predictions, scales, and the latents on which everything else rests.
         """
-        batch, _ = self.batch(range(NUM_SAMPLES), windows.__getitem__)
-        embeds = self.trained.table.lookup(batch.pop("unit_rows")).detach()
-        self.trained.table.discard()
-        with torch.inference_mode():
-            output = self.trained.model(unit_embeds=embeds, **batch)
+        output = self._ask(self.batch(range(NUM_SAMPLES), windows.__getitem__)[0])
         parts = [output.predictions, output.log_scale, output.last_hidden_state]
         return list(torch.cat([part.float().flatten(1) for part in parts], dim=1).numpy())
+
+    def answers(self, batch: dict[str, Tensor]) -> npt.NDArray[np.float32]:
+        """Predictions (B, Q, P) of a batch."""
+        predictions: npt.NDArray[np.float32] = self._ask(batch).predictions.float().numpy()
+        return predictions
+
+    def _ask(self, batch: dict[str, Tensor]) -> Any:
+        rest = {name: tensor for name, tensor in batch.items() if name != "unit_rows"}
+        embeds = self.trained.table.lookup(batch["unit_rows"]).detach()
+        self.trained.table.discard()
+        with torch.inference_mode():
+            return self.trained.model(unit_embeds=embeds, **rest)
 
 
 def mask_of(batch: dict[str, Tensor], number: int, window: Window) -> tuple[Mask, int]:

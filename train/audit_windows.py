@@ -92,7 +92,8 @@ def shuffle(window: Window, mask: Mask, chance: np.random.Generator) -> tuple[Wi
         frame_time_s=window.frame_time_s[frames],
         **columns,
     )
-    return shuffled, Mask(mask.visible[order], mask.asked[order], mask.frames), order
+    folds = None if mask.folds is None else mask.folds[order]
+    return shuffled, Mask(mask.visible[order], mask.asked[order], mask.frames, folds), order
 
 
 def companion(window: Window) -> tuple[Window, Mask]:

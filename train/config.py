@@ -14,9 +14,10 @@ from typing import Any, Literal
 from prep.settings import MODALITIES, ConfigError, build, parse_value, read_yaml, write_yaml
 
 Board = Literal["tensorboard", "wandb"]
-Family = Literal["co_smoothing", "forecasting", "encoding", "decoding", "inpainting"]
+Family = Literal["co_smoothing", "forecasting", "encoding", "decoding", "inpainting", "leave_out"]
 MAX_WEIGHT = 1000.0  # of a window in one pass
 FAMILIES: tuple[Family, ...] = ("co_smoothing", "forecasting", "encoding", "decoding", "inpainting")
+ALL_FAMILIES: tuple[Family, ...] = (*FAMILIES, "leave_out")
 
 
 @dataclass(frozen=True)
@@ -95,11 +96,11 @@ def _check_positive(section: Any, *names: str) -> None:
 def _check_turn(where: str, text: str) -> None:
     mix, at, seconds = text.partition("@")
     for family in mix.split("+"):
-        if family not in FAMILIES:
-            near = difflib.get_close_matches(family, FAMILIES, n=1)
+        if family not in ALL_FAMILIES:
+            near = difflib.get_close_matches(family, ALL_FAMILIES, n=1)
             hint = f"Did you mean {near[0]}? " if near else ""
             raise ConfigError(
-                f"{where} = {text!r}: {family!r} is not a task family. {hint}Valid: {', '.join(FAMILIES)}, "
+                f"{where} = {text!r}: {family!r} is not a task family. {hint}Valid: {', '.join(ALL_FAMILIES)}, "
                 "or a mix such as co_smoothing+decoding, each with or without a length of its windows, such as @2.0."
             )
     if at:
@@ -215,7 +216,7 @@ class OptimConfig:
             raise ConfigError(f"context_schedule has from_step {steps}; expected each to be more than the one before.")
         _check_schedule(self)
         if not self.families:
-            raise ConfigError(f"families is empty. Give at least one of {list(FAMILIES)}.")
+            raise ConfigError(f"families is empty. Give at least one of {list(ALL_FAMILIES)}.")
         for number, text in enumerate(self.families):
             _check_turn(f"families[{number}]", text)
 

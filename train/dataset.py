@@ -380,6 +380,10 @@ def make_sample(
         "labels": pad(window.labels[asked], shape.num_queries),
         "label_mask": pad(window.observed[asked], shape.num_queries),
     }
+    if mask.folds is not None:
+        fold = np.full(len(sources.row), -1)
+        fold[tokens.source] = mask.folds
+        sample["source_fold"] = pad(fold, shape.num_sources, -1)
     return {name: value.astype(np.float32) if value.dtype == np.float64 else value for name, value in sample.items()}
 
 

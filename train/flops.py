@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from train.config import RunConfig
+from train.masking import num_folds
 from train.model.configuration_brainloom import MODALITIES, BrainloomConfig
 from train.model.decoder_brainloom import NUM_BLOCKS
 from train.model.history_brainloom import NUM_SUMS
@@ -31,6 +32,7 @@ class Shape:
     tokens: int  # visible ones of each sample
     frames: int
     context_s: float
+    folds: int = 0  # of a population whose units are read from each other
     queries: int = 1  # tokens of each sample that are asked for; what they cost is no matrix product
 
 
@@ -80,7 +82,7 @@ def products(config: BrainloomConfig, shape: Shape) -> dict[str, list[Product]]:
     width, row, sources = config.hidden_size, config.unit_embed_size, shape.sources
     steps, times = (round(shape.context_s * hz) for hz in (config.latent_hz, config.readout_hz))
     latents, patches = steps * config.latents_per_step, shape.frames * config.num_patches
-    keys = 1 + shape.tokens + patches
+    keys, views = 1 + shape.tokens + patches, 1 + shape.folds
     square = [(latents, width, width)] * 2 + [(1 + sources + patches, width, width), (sources, width, width)]
     return {
         "identity": [
@@ -108,12 +110,14 @@ def products(config: BrainloomConfig, shape: Shape) -> dict[str, list[Product]]:
             *(Product(1 + patches, width, width),) * 2,
             *_reading(config, times, 1 + patches),
             Product(sources, width, config.population_channels),
-            Product(times * NUM_AROUND, sources, config.population_channels, learns=False),
-            Product(times, NUM_AROUND * config.population_channels, width),
-            Product(times, 2, width, learns=False),
-            *NUM_BLOCKS * [*_mlp(config, times)],
+            Product(times * NUM_AROUND, sources, views * config.population_channels, learns=False),
+            Product(views * times, NUM_AROUND * config.population_channels, width),
+            Product(2 * times, sources, views, learns=False),
+            Product(views * times, 2, width, learns=False),
+            *NUM_BLOCKS * [*_mlp(config, views * times)],
             Product(sources, width, config.num_readouts * 3 * width),
             Product(sources * config.num_readouts, 3 * width, times),
+            Product(sources * config.num_readouts, width, shape.folds * times),
             Product(sources, width, config.num_readouts),
             Product(sources, width, NUM_MOMENTS * NUM_OWN),
             Product(sources * NUM_MOMENTS, NUM_OWN, times, learns=False),
@@ -151,5 +155,6 @@ def fullest_shape(run: RunConfig, config: BrainloomConfig, batch: int = 1) -> Sh
         tokens=tokens,
         frames=run.data.max_frames,
         context_s=run.data.context_s,
+        folds=max(num_folds(turn.mix) for turn in run.turns),
         queries=min(run.data.max_queries, tokens),
     )

@@ -1,8 +1,9 @@
 """Tasks as masks: which tokens of a window are visible, and which are asked for.
 
 In: the tokens of one window (modality, source, time), a task family, the sample's own chance. Out: two boolean arrays.
-Co-smoothing and forecasting see activity alone; decoding too; encoding sees stimulus and behaviour. Events are seen
-with what they are part of, of the store's modalities: licks with behaviour, onsets of stimuli with the stimulus.
+Co-smoothing and forecasting see activity alone; decoding too; encoding sees stimulus and behaviour. Leave-out asks for
+all units, each from those of other folds: co-smoothing in which nothing is wasted. Events are seen with what they are
+part of, of the store's modalities: licks with behaviour, onsets of stimuli with the stimulus.
 """
 
 from dataclasses import dataclass, field
@@ -13,8 +14,10 @@ import numpy.typing as npt
 from prep.settings import ACTIVITY
 from train.config import Family
 from train.modalities import MODALITIES, Modality
+from train.model.decoder_brainloom import NUM_FOLDS
 
 Bools = npt.NDArray[np.bool_]
+Ints = npt.NDArray[np.int64]
 
 SPIKES, TRACES, BEHAVIOR, STIMULUS, EVENTS = (
     MODALITIES.index(name) for name in ("spikes", "traces", "behavior", "stimulus", "events")
@@ -45,6 +48,7 @@ class Mask:
     visible: Bools  # (n,)
     asked: Bools  # (n,)
     frames: bool  # is the stimulus visible
+    folds: Ints | None = None  # (n,) fold of each token whose unit is read from the other folds; -1 of other tokens
 
 
 @dataclass(frozen=True)
@@ -77,12 +81,18 @@ TASKS = (
 def draw_mask(mix: str, tokens: TokenTable, context_s: float, chance: np.random.Generator) -> Mask:
     """The mask of one training sample, of one family or of a mix (`co_smoothing+decoding`).
 
-    A mix asks for what any of its families asks for, and shows what all of them show.
+    A mix asks for what any of its families asks for, and shows what all of them show; what has a fold keeps it.
     """
     masks = [_draw_one(family, tokens, context_s, chance) for family in mix.split("+")]
     visible = np.logical_and.reduce([mask.visible for mask in masks])
     asked = np.logical_or.reduce([mask.asked for mask in masks])
-    return Mask(visible, asked, frames=all(mask.frames for mask in masks))
+    folds = next((mask.folds for mask in masks if mask.folds is not None), None)
+    return Mask(visible, asked, all(mask.frames for mask in masks), folds)
+
+
+def num_folds(mix: str) -> int:
+    """Into how many folds units are dealt in a mix of families."""
+    return NUM_FOLDS if "leave_out" in mix.split("+") else 0
 
 
 def _draw_one(family: str, tokens: TokenTable, context_s: float, chance: np.random.Generator) -> Mask:
@@ -92,6 +102,11 @@ def _draw_one(family: str, tokens: TokenTable, context_s: float, chance: np.rand
         share = chance.uniform(*HIDDEN_UNITS)
         hidden = chance.permutation(units)[: max(1, round(share * len(units)))]
         return co_smoothing(tokens, hidden)
+    if family == "leave_out":
+        units = np.flatnonzero(np.bincount(tokens.source[activity]))
+        fold = np.full(tokens.source.max(initial=-1) + 1, -1)
+        fold[units] = chance.permutation(len(units)) % NUM_FOLDS
+        return Mask(activity, activity, frames=False, folds=np.where(activity, fold[tokens.source], -1))
     if family == "forecasting":
         possible_s = cuts(tokens.stop_s[activity], context_s)
         drawn_s = chance.choice(possible_s) if len(possible_s) else context_s * chance.uniform(*FORECAST_FROM)

@@ -14,6 +14,7 @@ from train.build import model_config
 from train.config import RunConfig
 from train.flops import Shape, forward_flops, fullest_shape, parameters, training_flops
 from train.loader import TrainingSamples
+from train.masking import num_folds
 from train.memory import MOMENTS, Job, Part, most, parts
 from train.traffic import Exchange, Machine, Pace, exchanges, pace
 
@@ -177,6 +178,7 @@ def samples_of(run: RunConfig, store: Store | None) -> tuple[tuple[Shape, ...], 
             tokens=size.num_inputs,
             frames=size.num_frames,
             context_s=turn.context_s,
+            folds=num_folds(turn.mix),
             queries=size.num_queries,
         )
         for turn, size in samples.budgets.items()

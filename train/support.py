@@ -5,7 +5,8 @@ Out: the most probable row of each new unit, given its activity and the prior of
 and covariance of the rows of the same modality; Robbins 1956).
 
 The features that every source reads do not depend on the units that are hidden, so that they are computed once, and
-what is left is one small regression per unit, on the model's own likelihood. Nothing of the model is trained.
+what is left is one small regression per unit, on the model's own likelihood. Nothing of the model is trained. First
+from stimulus and behaviour; then, with these rows, from the other units as well, each fold from the others.
 
 Shapes: U new units, F measured features of each, E unit_embed_size, B windows of a batch, G times of the readout grid,
 D hidden_size.
@@ -23,12 +24,12 @@ from torch import Tensor
 from prep.settings import ACTIVITY, MODALITIES
 from train.dataset import Window
 from train.evaluate import spread
-from train.masking import Mask, encoding
+from train.masking import Mask, draw_mask, encoding
 from train.trained import Known, Trained
 
 BATCH = 16
 MAX_WINDOWS = 400  # of one session: enough, and minutes rather than hours
-MAX_ITERATIONS = 60
+MAX_ITERATIONS = (60, 30)  # from what is known, and then from each other as well
 SHRINKAGE = 0.1  # of the covariance towards a sphere (Ledoit & Wolf 2004): there may be fewer rows than dimensions
 NUM_ACTIVITY = len(ACTIVITY)
 
@@ -72,35 +73,49 @@ def infer_rows(trained: Trained, session: int, known: Known, say: Callable[[str]
     starts = spread(trained, "train", session, MAX_WINDOWS)
     if not len(new) or not starts:
         return 0
-    for modality in np.unique(sources.modality[new]):
-        own = new[sources.modality[new] == modality]
-        rows = torch.from_numpy(sources.row[own])
-        prior = Prior.of(known.rows[known.modality == int(modality)])
-        say(f"{len(own)} {MODALITIES[modality]} units from {len(starts)} windows")
-        segments = list(read_segments(trained, session, starts, own))
-        trained.table.weight[rows] = most_probable(trained, segments, len(own), prior)
+    read: dict[int, list[Segment]] = {}
+    for masks, iterations in zip((support_mask, others_mask), MAX_ITERATIONS, strict=True):
+        for modality in np.unique(sources.modality[new]):
+            own = new[sources.modality[new] == modality]
+            rows = torch.from_numpy(sources.row[own])
+            prior = Prior.of(known.rows[known.modality == int(modality)])
+            what = "what is known" if masks is support_mask else "each other as well"
+            say(f"{len(own)} {MODALITIES[modality]} units from {what}, {len(starts)} windows")
+            read.setdefault(modality, []).extend(read_segments(trained, session, starts, own, masks))
+            start = prior.mean_E.expand(len(own), -1) if masks is support_mask else trained.table.weight[rows]
+            trained.table.weight[rows] = most_probable(trained, read[modality], start, prior, iterations)
     return len(starts)
 
 
 @torch.no_grad()
-def read_segments(trained: Trained, session: int, starts: list[int], units: npt.NDArray[np.int64]) -> Iterator[Segment]:
-    """Features of the support windows, from stimulus and behaviour alone, and what the units did."""
+def read_segments(
+    trained: Trained,
+    session: int,
+    starts: list[int],
+    units: npt.NDArray[np.int64],
+    masked: Callable[[Window, npt.NDArray[np.int64]], Mask],
+) -> Iterator[Segment]:
+    """Features of the support windows under a mask, and what the units did."""
     place = torch.full((len(trained.reader.sources(session).row),), -1, dtype=torch.int64)
     place[units] = torch.arange(len(units))
     chosen = torch.from_numpy(units)
     for first in range(0, len(starts), BATCH):
         context_ns = round(trained.run.data.context_s * 1e9)
         windows = [trained.reader.read(session, start, context_ns) for start in starts[first : first + BATCH]]
-        batch = trained.batch(windows, [support_mask(window, units) for window in windows])
-        features = trained.model(**batch).features
+        batch = trained.batch(windows, [masked(window, units) for window in windows])
+        output = trained.model(**batch)
+        others = {}
+        if output.left_out is not None:
+            others = {"left_out": output.left_out, "source_fold": batch["source_fold"][:, chosen]}
         yield Segment(
-            features.clone(),
+            output.features,
             batch["unit_features"][:, chosen],
             {
                 "source_modality": batch["source_modality"][:, chosen],
                 "source_null": batch["source_null"][:, chosen],
                 "query_source": place[batch["query_source"]].clamp(min=0),  # padding asks for nothing
                 **{name: batch[name] for name in ("query_time_s", "query_sample_s", "labels", "label_mask")},
+                **others,
             },
         )
 
@@ -111,11 +126,17 @@ def support_mask(window: Window, units: npt.NDArray[np.int64]) -> Mask:
     return replace(mask, asked=mask.asked & np.isin(window.tokens.source, units))
 
 
-def most_probable(trained: Trained, segments: list[Segment], num_units: int, prior: Prior) -> Tensor:
-    """Rows (U, E) of the units with the least -log posterior, by L-BFGS (Liu & Nocedal 1989) from the prior's mean."""
-    rows = prior.mean_E.expand(num_units, -1).clone().requires_grad_(True)
+def others_mask(window: Window, units: npt.NDArray[np.int64]) -> Mask:
+    """The new units are asked, each from the units of other folds, new ones or not; nothing else is seen."""
+    mask = draw_mask("leave_out", window.tokens, 0.0, np.random.default_rng(window.start_ns))
+    return replace(mask, asked=mask.asked & np.isin(window.tokens.source, units))
+
+
+def most_probable(trained: Trained, segments: list[Segment], start_UE: Tensor, prior: Prior, iterations: int) -> Tensor:
+    """Rows (U, E) of the units with the least -log posterior, by L-BFGS (Liu & Nocedal 1989) from `start_UE` on."""
+    rows = start_UE.detach().clone().requires_grad_(True)
     optimizer = torch.optim.LBFGS(
-        [rows], max_iter=MAX_ITERATIONS, history_size=20, line_search_fn="strong_wolfe", tolerance_change=1e-6
+        [rows], max_iter=iterations, history_size=20, line_search_fn="strong_wolfe", tolerance_change=1e-6
     )
 
     def closure() -> Tensor:

@@ -13,6 +13,7 @@ from prep.settings import ACTIVITY
 from train.config import RunConfig
 from train.flops import Shape, training_flops
 from train.model.configuration_brainloom import BrainloomConfig
+from train.model.decoder_brainloom import NUM_FOLDS
 
 # Dense bf16 operations a second, by the data sheets; the first name that is part of the device's counts.
 PEAKS = {
@@ -60,6 +61,7 @@ def mean_shape(batch: dict[str, Tensor], context_s: float) -> Shape:
         tokens=round(int(batch["input_mask"].sum()) / size),
         frames=round(int(batch["frame_mask"].sum()) / size),
         context_s=context_s,
+        folds=NUM_FOLDS if "source_fold" in batch else 0,
     )
 
 

@@ -2,7 +2,8 @@
 
 In: latents, frames, what sources did around each time. Out: features that every source reads in its own way.
 
-Shapes: B batch, L latents, F frames, T keys, S sources, G times of the readout grid, J sums, K channels, D hidden_size.
+Shapes: B batch, L latents, F frames, T keys, S sources, G times of the readout grid, J sums, K channels, D hidden_size,
+V views of the population: all that is visible, and each time all but one fold.
 """
 
 import torch
@@ -16,6 +17,7 @@ from .readout_brainloom import BrainloomQuietLinear, time_grid
 from .surround_brainloom import NUM_SUMS, Surround
 
 NUM_BLOCKS = 2  # one is not enough for a heading (CONTRIBUTING.md, 2026-11-27)
+NUM_FOLDS = 4  # of a population whose units are each read from the others
 
 
 class BrainloomPopulation(nn.Module):
@@ -33,12 +35,20 @@ class BrainloomPopulation(nn.Module):
         self.in_dropout = nn.Dropout(config.population_dropout)
         self.dropout = nn.Dropout(config.hidden_dropout)
 
-    def forward(self, identity_BSD: Tensor, around: Surround) -> Tensor:
-        """(B, G, D)."""
+    def forward(self, identity_BSD: Tensor, around: Surround, fold_BS: Tensor | None = None) -> Tensor:
+        """(B, V, G, D): what all visible sources say; with folds, then what they say without the first, and so on."""
         weight_BSK = self.weight_proj(self.source_layernorm(identity_BSD))
-        sums = torch.einsum("bsgj,bsk->bgjk", around.sums, weight_BSK) / around.num_seen[:, None, None, None].sqrt()
-        out: Tensor = self.in_proj(self.in_dropout(sums.flatten(2).to(weight_BSK.dtype)))
-        gap = self.gap_proj(around.gaps)
+        kept_BSV = around.seen[..., None]
+        if fold_BS is not None:
+            others = fold_BS[..., None] != torch.arange(NUM_FOLDS, device=fold_BS.device)
+            kept_BSV = torch.cat([kept_BSV, kept_BSV & others], dim=-1)
+        kept_BSV = kept_BSV.to(weight_BSK.dtype)
+        weight_BSVK = weight_BSK[:, :, None] * kept_BSV[..., None]
+        sums_BGJX = torch.einsum("bsgj,bsx->bgjx", around.sums, weight_BSVK.flatten(2))
+        sums_BVGJK = sums_BGJX.unflatten(-1, weight_BSVK.shape[2:]).permute(0, 3, 1, 2, 4)
+        sums_BVGJK = sums_BVGJK / kept_BSV.sum(1).clamp(min=1)[..., None, None, None].sqrt()
+        out: Tensor = self.in_proj(self.in_dropout(sums_BVGJK.flatten(3).to(weight_BSK.dtype)))
+        gap = self.gap_proj(around.mean_gaps(kept_BSV))
         for layernorm, mlp in zip(self.layernorms, self.mlps, strict=True):
             out = out + mlp(layernorm(self.dropout(out)) + gap)
         return out
@@ -77,8 +87,12 @@ class BrainloomDecoder(GradientCheckpointingLayer):
         identity_BSD: Tensor,
         around: Surround,
         context_s: float,
-    ) -> Tensor:
-        """Features (B, G, 3 D) at each time: what the latents say, what is on the screen, what the population does."""
+        fold_BS: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Features at each time (B, G, 3 D): what the latents say, what is on the screen, what the population does.
+
+        And the last of the three without each fold of the population (B, V - 1, G, D), where there are folds.
+        """
         grid_s = time_grid(context_s, self.config.readout_hz, latents_BLD.device)
         grid_angles = rotary_angles(grid_s[None], self.config)
         x_BGD = self.time_embed.expand(latents_BLD.shape[0], len(grid_s), -1)
@@ -86,8 +100,9 @@ class BrainloomDecoder(GradientCheckpointingLayer):
         x_BGD = x_BGD + self.cross_attn(self.layernorm(x_BGD), latents_BLD, grid_angles, latent_angles)
         x_BGD = self.norm(x_BGD + self.mlp(self.post_attention_layernorm(x_BGD)))
         seen_BGD = self._read_frames(grid_angles, frames_BTD, frame_time_BF, frame_mask_BF)
-        features: Tensor = self.dropout(torch.cat([x_BGD, seen_BGD, self.population(identity_BSD, around)], dim=-1))
-        return features
+        population_BVGD = self.population(identity_BSD, around, fold_BS)
+        features: Tensor = self.dropout(torch.cat([x_BGD, seen_BGD, population_BVGD[:, 0]], dim=-1))
+        return features, None if fold_BS is None else self.dropout(population_BVGD[:, 1:])
 
     def _read_frames(self, grid_angles: Angles, frames_BTD: Tensor, time_BF: Tensor, mask_BF: Tensor) -> Tensor:
         """What is on the screen around each time of the grid (B, G, D); zeros where nothing is, by a null that is."""

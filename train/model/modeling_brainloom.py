@@ -99,6 +99,7 @@ class BrainloomPreTrainingOutput(ModelOutput):
         num_values: observed values behind `nats` (B, M).
         last_hidden_state: latents (B, L, D).
         features: what every source reads (B, G, 3 D), at the times of the readout grid.
+        left_out: what a source that has a fold reads instead (B, folds, G, D); None without folds.
     """
 
     loss: Tensor | None = None
@@ -109,6 +110,7 @@ class BrainloomPreTrainingOutput(ModelOutput):
     num_values: Tensor | None = None
     last_hidden_state: Tensor | None = None
     features: Tensor | None = None
+    left_out: Tensor | None = None
 
 
 class BrainloomLayer(GradientCheckpointingLayer):
@@ -418,6 +420,7 @@ class BrainloomForPreTraining(BrainloomPreTrainedModel):
         label_mask: Tensor | None = None,
         context_s: float | None = None,
         coverage: float | None = None,
+        source_fold: Tensor | None = None,
     ) -> BrainloomPreTrainingOutput:
         """Predict the queries; the arguments up to `frame_mask` are BrainloomModel's.
 
@@ -431,6 +434,9 @@ class BrainloomForPreTraining(BrainloomPreTrainedModel):
             label_mask: which labels were observed (B, Q, P), bool; the others may hold anything, NaN too.
             context_s: length of the window in seconds; the configuration's if not given.
             coverage: probability with which the predictive interval shall hold a sample, for instance 0.9.
+            source_fold: fold of each source (B, S), below NUM_FOLDS; -1 of those that have none. What is asked of a
+                source that has one is read from the visible sources of no fold or another one: so a whole population
+                can be asked for in one pass, each unit from the others.
         """
         outputs = self.model(
             unit_embeds=unit_embeds,
@@ -449,7 +455,7 @@ class BrainloomForPreTraining(BrainloomPreTrainedModel):
             context_s=context_s,
         )
         length_s = self.config.context_s if context_s is None else context_s
-        features = self.decoder(
+        features, left_out = self.decoder(
             outputs.last_hidden_state,
             outputs.latent_time_s,
             outputs.frames,
@@ -458,6 +464,7 @@ class BrainloomForPreTraining(BrainloomPreTrainedModel):
             outputs.identity,
             outputs.around,
             length_s,
+            source_fold,
         )
         answered = self.answer(
             features,
@@ -471,8 +478,11 @@ class BrainloomForPreTraining(BrainloomPreTrainedModel):
             label_mask,
             coverage,
             outputs.around.own,
+            left_out,
+            source_fold,
         )
         answered.last_hidden_state, answered.features = outputs.last_hidden_state, features
+        answered.left_out = left_out
         return answered
 
     def answer(
@@ -488,9 +498,12 @@ class BrainloomForPreTraining(BrainloomPreTrainedModel):
         label_mask: Tensor | None = None,
         coverage: float | None = None,
         own: Tensor | None = None,
+        left_out: Tensor | None = None,
+        source_fold: Tensor | None = None,
     ) -> BrainloomPreTrainingOutput:
         """What sources of these identities (B, S, D) say by features (B, G, 3 D); the rest is `forward`'s."""
-        readout_BSGR = self.readout(features, identity, source_modality == TRACES, own).float()
+        leaks = source_modality == TRACES
+        readout_BSGR = self.readout(features, identity, leaks, own, left_out, source_fold).float()
         modality_BQ = source_modality.gather(1, query_source)
         time_BQP = sample_times(query_time_s, query_sample_s, is_counted(modality_BQ), self.config.samples_per_token)
         readouts = interpolate(readout_BSGR, query_source, time_BQP, self.config.readout_hz)

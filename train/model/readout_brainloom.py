@@ -44,16 +44,28 @@ class BrainloomReadout(nn.Module):
         self.step_s = 1 / config.readout_hz
 
     def forward(
-        self, features_BGD: Tensor, identity_BSD: Tensor, leaks_BS: Tensor, own_BSGO: Tensor | None = None
+        self,
+        features_BGD: Tensor,
+        identity_BSD: Tensor,
+        leaks_BS: Tensor,
+        own_BSGO: Tensor | None = None,
+        left_out_BFGD: Tensor | None = None,
+        fold_BS: Tensor | None = None,
     ) -> Tensor:
         """Readouts (B, S, G, R): of each source at each time of the grid, R numbers for its likelihood.
 
         Where traces are calcium, the last number of the sources that leak is a gain of their rate, whose growth is
-        integrated over time with a decay of their own.
+        integrated over time with a decay of their own. A source that has a fold reads what the population says without
+        that fold, and nothing else: not what the latents say, which have read the source itself, nor its own past.
         """
         source_BSD = self.source_layernorm(identity_BSD)
         weight = self.weight_proj(source_BSD).unflatten(-1, (self.num_readouts, -1)) / math.sqrt(source_BSD.shape[-1])
         readout = torch.einsum("bsrd,bgd->bsgr", weight, features_BGD)
+        if left_out_BFGD is not None and fold_BS is not None:
+            place, has_fold = fold_BS.clamp(min=0)[..., None, None, None], (fold_BS >= 0)[..., None, None]
+            each_BSFGR = torch.einsum("bsrd,bfgd->bsfgr", weight[..., -left_out_BFGD.shape[-1] :], left_out_BFGD)
+            readout = torch.where(has_fold, torch.take_along_dim(each_BSFGR, place, 2).squeeze(2), readout)
+            own_BSGO = None if own_BSGO is None else torch.where(has_fold, 0.0, own_BSGO)
         out: Tensor = readout + self.bias_proj(source_BSD)[:, :, None]
         if own_BSGO is not None:
             own_weight = self.own_proj(source_BSD).unflatten(-1, (NUM_MOMENTS, NUM_OWN))

@@ -35,15 +35,20 @@ class Surround:
         sums: log(1 + |x|), with its sign, of sums over the root of their span (B, S, G, NUM_SUMS); zero where there is
             nothing.
         own: of the same samples, fading with their distance (B, S, G, NUM_OWN).
-        gaps: log(1 + steps) to the last and the next visible sample, the mean over sources that are visible at all
-            (B, G, 2); of a window's length where there is none.
-        num_seen: how many sources are visible (B,), at least one.
+        gaps: log(1 + steps) to the last and the next visible sample (B, S, G, 2).
+        seen: which sources are visible at all (B, S).
     """
 
     sums: Tensor
     own: Tensor
     gaps: Tensor
-    num_seen: Tensor
+    seen: Tensor
+
+    def mean_gaps(self, kept_BSV: Tensor) -> Tensor:
+        """Means (B, V, G, 2) of `gaps` over some sources (1, else 0); of a window's length where there are none."""
+        num_kept_BV = kept_BSV.sum(1)[..., None, None]
+        mean = torch.einsum("bsgt,bsv->bvgt", self.gaps, kept_BSV) / num_kept_BV.clamp(min=1)
+        return torch.where(num_kept_BV > 0, mean, mean.new_tensor(self.gaps.shape[2]).log1p())
 
 
 def surround(
@@ -91,9 +96,6 @@ def surround(
 
     seen = (count > 0).any(-1)
     gap = torch.stack([steps - last, after - steps], -1).clamp(max=num_times).float()
-    num_seen = seen.sum(1).clamp(min=1)
-    mean_gap = (gap.log1p() * seen[..., None, None]).sum(1) / num_seen[:, None, None]
-    mean_gap = torch.where(seen.any(1)[:, None, None], mean_gap, gap.new_full((), num_times).log1p())
 
     own_length = torch.where(is_counted_BS[..., None], gap.new_tensor(OWN_SPANS), gap.new_tensor(OWN_TRACE_SPANS))
     own_lengths = own_length.long()[:, :, None].unbind(-1)
@@ -103,7 +105,7 @@ def surround(
     fade = torch.cat([torch.ones_like(fade[..., :1, :]), fade], -2).repeat_interleave(len(OWN_SPANS), -1)
     own = (own[..., None, :] * fade).flatten(-2)
     dtype = values_BNP.dtype
-    return Surround(sums.to(dtype), own.to(dtype), mean_gap.to(dtype), num_seen)
+    return Surround(sums.to(dtype), own.to(dtype), gap.log1p().to(dtype), seen)
 
 
 def changes(means: Tensor) -> Tensor:
