@@ -94,7 +94,7 @@ def test_sums_and_fading_means_are_those_of_counting() -> None:
 def test_gaps_are_means_over_what_is_visible_at_all() -> None:
     around = found()
     assert around.seen.tolist() == [[True, True, False]] * 2, "the third source has no sample"
-    gaps = around.mean_gaps(around.seen[..., None].float())[:, 0]
+    gaps = around.mean_gaps(around.seen[..., None])[:, 0]
     for at in (0, 17, NUM_TIMES - 1):
         before = []
         for source in range(2):
@@ -108,7 +108,7 @@ def test_where_nothing_is_visible_all_is_zero_and_far() -> None:
     around = surround(values * 0, observed & False, source, step / HZ, IS_SPIKES, NUM_TIMES, HZ)
     assert not around.sums.any() and not around.own.any()
     assert not around.seen.any()
-    gaps = around.mean_gaps(around.seen[..., None].float())
+    gaps = around.mean_gaps(around.seen[..., None])
     torch.testing.assert_close(gaps, torch.full_like(gaps, math.log1p(NUM_TIMES)))
 
 

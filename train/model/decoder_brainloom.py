@@ -42,13 +42,12 @@ class BrainloomPopulation(nn.Module):
         if fold_BS is not None:
             others = fold_BS[..., None] != torch.arange(NUM_FOLDS, device=fold_BS.device)
             kept_BSV = torch.cat([kept_BSV, kept_BSV & others], dim=-1)
-        kept_BSV = kept_BSV.to(weight_BSK.dtype)
         weight_BSVK = weight_BSK[:, :, None] * kept_BSV[..., None]
         sums_BGJX = torch.einsum("bsgj,bsx->bgjx", around.sums, weight_BSVK.flatten(2))
         sums_BVGJK = sums_BGJX.unflatten(-1, weight_BSVK.shape[2:]).permute(0, 3, 1, 2, 4)
         sums_BVGJK = sums_BVGJK / kept_BSV.sum(1).clamp(min=1)[..., None, None, None].sqrt()
         out: Tensor = self.in_proj(self.in_dropout(sums_BVGJK.flatten(3).to(weight_BSK.dtype)))
-        gap = self.gap_proj(around.mean_gaps(kept_BSV))
+        gap = self.gap_proj(around.mean_gaps(kept_BSV).to(out.dtype))
         for layernorm, mlp in zip(self.layernorms, self.mlps, strict=True):
             out = out + mlp(layernorm(self.dropout(out)) + gap)
         return out

@@ -45,9 +45,9 @@ class Surround:
     seen: Tensor
 
     def mean_gaps(self, kept_BSV: Tensor) -> Tensor:
-        """Means (B, V, G, 2) of `gaps` over some sources (1, else 0); of a window's length where there are none."""
+        """Means (B, V, G, 2) of `gaps` over some sources (bool); of a window's length where there are none."""
         num_kept_BV = kept_BSV.sum(1)[..., None, None]
-        mean = torch.einsum("bsgt,bsv->bvgt", self.gaps, kept_BSV) / num_kept_BV.clamp(min=1)
+        mean = torch.einsum("bsgt,bsv->bvgt", self.gaps, kept_BSV.to(self.gaps.dtype)) / num_kept_BV.clamp(min=1)
         return torch.where(num_kept_BV > 0, mean, mean.new_tensor(self.gaps.shape[2]).log1p())
 
 
@@ -105,7 +105,7 @@ def surround(
     fade = torch.cat([torch.ones_like(fade[..., :1, :]), fade], -2).repeat_interleave(len(OWN_SPANS), -1)
     own = (own[..., None, :] * fade).flatten(-2)
     dtype = values_BNP.dtype
-    return Surround(sums.to(dtype), own.to(dtype), gap.log1p().to(dtype), seen)
+    return Surround(sums.to(dtype), own.to(dtype), gap.log1p(), seen)
 
 
 def changes(means: Tensor) -> Tensor:
