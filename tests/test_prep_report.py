@@ -70,6 +70,7 @@ def search(page: Browser, words: str) -> None:
     )
 
 
+@pytest.mark.slow
 @NEEDS_BROWSER
 def test_a_report_of_a_hundred_sessions_works_in_a_browser_without_network_or_complaint(
     hundred: Path, tmp_path: Path

@@ -44,7 +44,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny_store(tmp_path_factory.getbasetemp())
 
 
-@pytest.fixture(params=DAMAGES)
+@pytest.fixture(params=["flipped", pytest.param("missing", marks=pytest.mark.slow)])
 def damaged(request: pytest.FixtureRequest, whole: Path, tmp_path: Path) -> Path:
     root = Path(shutil.copytree(whole, tmp_path / "store"))
     DAMAGES[request.param](root / SHARD)

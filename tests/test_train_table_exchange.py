@@ -71,7 +71,7 @@ def train(rank: int, num_ranks: int, folder: Path) -> None:
     dist.destroy_process_group()
 
 
-@pytest.fixture(scope="module", params=[1, 2, 4])
+@pytest.fixture(scope="module", params=[1, 2, pytest.param(4, marks=pytest.mark.slow)])
 def ranks(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[int, Path]:
     """Number of ranks, and what they left."""
     folder = tmp_path_factory.mktemp(f"ranks{request.param}")
