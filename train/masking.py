@@ -1,6 +1,6 @@
 """Tasks as masks: which tokens of a window are visible, and which are asked for.
 
-In: the tokens of one window (modality, source, time), a task family, the sample's own chance. Out: two boolean arrays.
+In: the tokens of one window (modality, source, time), a task family, its own chance. Out: boolean arrays, and folds.
 Co-smoothing and forecasting see activity alone; decoding too; encoding sees stimulus and behaviour. Leave-out asks for
 all units, each from those of other folds: co-smoothing in which nothing is wasted. Events are seen with what they are
 part of, of the store's modalities: licks with behaviour, onsets of stimuli with the stimulus.
