@@ -5,6 +5,7 @@ In: sessions of so many windows, positions of resumes. Out: which window stands 
 
 import json
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,7 +18,7 @@ from prep import catalog
 from prep.settings import ConfigError
 from train.build import model_config
 from train.config import Weights
-from train.eras import Era, Order, eras_from, go_on
+from train.eras import Era, Order, Orders, eras_from, go_on
 from train.loader import TrainingSamples, batches
 
 SEED = 5
@@ -34,7 +35,7 @@ def spans(**sessions: int | tuple[int, float]) -> Spans:
     return found
 
 
-def named(order: Order, sessions: Spans, positions: range) -> list[tuple[str, int]]:
+def named(order: Order | Orders, sessions: Spans, positions: Iterable[int]) -> list[tuple[str, int]]:
     """Session and place of the windows at some positions: the same whatever joins before or after it."""
     drawn = [order.draw(position).window for position in positions]
     keys = [next(key for key, (span, _) in sessions.items() if window in span) for window in drawn]
@@ -119,6 +120,52 @@ def test_nothing_new_begins_no_era_and_state_survives_json() -> None:
 def test_a_run_keeps_the_sessions_that_it_has(sessions: Spans, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         go_on(go_on([], OLD, 0), sessions, 17)
+
+
+TURNS, BATCH_SIZE = ("encoding", "leave_out+decoding", "encoding"), 6
+
+
+def at(mix: str, steps: range) -> list[int]:
+    """The positions of a mix's turns in some steps."""
+    return [step * BATCH_SIZE + n for step in steps if TURNS[step % 3] == mix for n in range(BATCH_SIZE)]
+
+
+def orders(position: int = 0, begun: Iterable[Era] = (), **sessions: tuple[int, float]) -> tuple[Orders, Spans]:
+    """Those of a run whose second turn in three never sees session `b`."""
+    all_turns = spans(**sessions)
+    own = {key: (span, 0.0 if key == "b" else weight) for key, (span, weight) in all_turns.items()}
+    everything = {"": all_turns, "leave_out+decoding": own}
+    return Orders(list(begun), everything, TURNS, BATCH_SIZE, SEED, position), all_turns
+
+
+def test_turns_whose_sessions_have_weights_of_their_own_take_each_window_once_in_a_pass_of_their_own() -> None:
+    order, sessions = orders(a=(30, 1.0), b=(12, 2.0))
+    assert (order.num_tickets(), order.num_tickets("leave_out+decoding")) == (54, 30)
+    own, others = at("leave_out+decoding", range(15)), at("encoding", range(18))
+    assert sorted(named(order, sessions, own)) == [("a", place) for place in range(30)]
+    first_pass = Counter(named(order, sessions, others[:54]))
+    assert first_pass == {("a", place): 1 for place in range(30)} | {("b", place): 2 for place in range(12)}
+    assert [order.draw(position).position for position in own] == own, "chance is drawn by the place in the run"
+
+
+def test_without_weights_of_their_own_turns_have_one_order() -> None:
+    order, one = Orders([], {"": OLD}, TURNS, BATCH_SIZE, SEED), Order([], OLD, SEED)
+    assert [order.draw(position) for position in range(200)] == [one.draw(position) for position in range(200)]
+
+
+def test_a_session_that_joins_comes_into_the_turns_of_all() -> None:
+    first, old = orders(a=(30, 1.0), b=(12, 2.0))
+    border = 7 * BATCH_SIZE  # two turns of the mix and five others have been
+    eras = eras_from(json.loads(json.dumps({"eras": first.state})))
+    order, sessions = orders(border, eras, a=(30, 1.0), b=(12, 2.0), c=(18, 1.0))
+    assert named(order, sessions, range(border)) == named(first, old, range(border)), "what was seen stays what it was"
+    everything = {"a": 30, "b": 24, "c": 18}
+    own = named(order, sessions, at("leave_out+decoding", range(24)))
+    assert sorted(own) == [(key, place) for key in "ac" for place in range(everything[key])]
+    others = named(order, sessions, at("encoding", range(18)))
+    assert Counter(key for key, _ in others) == everything
+    again, _ = orders(90, eras_from({"eras": order.state}), a=(30, 1.0), b=(12, 2.0), c=(18, 1.0))
+    assert named(again, sessions, range(300)) == named(order, sessions, range(300))
 
 
 def store_of(root: Path, *session_ids: str) -> Path:

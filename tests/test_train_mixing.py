@@ -48,6 +48,12 @@ def test_a_sessions_weight_is_the_product_of_its_datasets_its_own_and_its_modali
     assert session_weights(ENTRIES, Weights()) == {"a/1": 1.0, "a/2": 1.0, "b/1": 1.0}
 
 
+def test_in_the_turns_of_a_mix_its_own_weights_stand_before_those_of_modalities() -> None:
+    weights = Weights(modalities={"spikes": 2.0, "traces": 5.0}, families={"leave_out": {"traces": 0.5}})
+    assert session_weights(ENTRIES, weights, "leave_out") == {"a/1": 2.0, "a/2": 0.5, "b/1": 1.0}
+    assert session_weights(ENTRIES, weights, "encoding") == {"a/1": 2.0, "a/2": 5.0, "b/1": 10.0}
+
+
 def test_whole_weights_are_kept_exactly_in_every_pass() -> None:
     for one in passes(3, a=(20, 1.0), b=(7, 3.0), c=(5, 1.0), d=(9, 0.0)):
         assert Counter(one) == {**dict.fromkeys(range(20), 1), **dict.fromkeys(range(20, 27), 3)} | dict.fromkeys(
@@ -86,7 +92,7 @@ def test_training_samples_come_by_the_weights_of_the_run(tmp_path_factory: pytes
     )
     samples = TrainingSamples(store, weighted, model_config(weighted))
     ids = [one["session_id"] for one in Store(store).entries]
-    drawn = [samples.order.draw(position).window for position in range(len(samples.order))]
+    drawn = [samples.order.draw(position).window for position in range(samples.order.num_tickets())]
     counts = Counter(ids[samples.windows.locate(window)[0]] for window in drawn)
     assert counts == {"full": 23, "blind": 46, "still": 23}
 
@@ -102,6 +108,18 @@ def test_a_name_that_the_store_does_not_have_is_refused_with_the_nearest() -> No
     ("weights", "message"),
     [
         ({"modalities": {"spike": 2}}, r"data\.weights\.modalities: 'spike' is not a modality\. Did you mean spikes\?"),
+        (
+            {"families": {"encoding": {"trace": 2}}},
+            r"families\.encoding: 'trace' is not a modality\. Did you mean traces",
+        ),
+        (
+            {"families": {"encoding": {"traces": -1}}},
+            r"families\.encoding\.traces = -1\.0 must be between 0 and 1000\.",
+        ),
+        (
+            {"families": {"leave_out": {"traces": 1}}},
+            r"families: 'leave_out' is not in train\.families\. It has co_smoothing, forecasting, encoding",
+        ),
         ({"sessions": {"a/1": -1}}, r"data\.weights\.sessions\.a/1 = -1\.0 must be between 0 and 1000\."),
         (
             {"dataset": {"a": 1}},
@@ -113,6 +131,13 @@ def test_wrong_weights_are_refused(tmp_path: Path, weights: dict[str, Any], mess
     (tmp_path / "run.yaml").write_text(safe_dump({"data": {"weights": weights}}))
     with pytest.raises(ConfigError, match=message):
         config.load(tmp_path / "run.yaml")
+
+
+def test_turns_in_which_no_session_has_a_weight_are_refused(tmp_path_factory: pytest.TempPathFactory) -> None:
+    store, run = tiny_store(tmp_path_factory.getbasetemp()), tiny_run()
+    data = DataConfig(weights=Weights(families={"encoding": {"spikes": 0.0, "traces": 0.0}}))
+    with pytest.raises(ConfigError, match=r"whose weight is more than 0 in the turns of encoding\. Shorten"):
+        TrainingSamples(store, config.RunConfig(model=run.model, train=run.train, data=data), model_config(run))
 
 
 def test_weights_of_nothing_leave_no_window(tmp_path_factory: pytest.TempPathFactory) -> None:

@@ -73,8 +73,10 @@ def expected(samples: dict[int, float], at: int, is_spikes: bool) -> tuple[list[
     for side in (before, behind):
         means = [sum(side(span)) / max(1, len(side(span))) for span in (OWN_SPANS if is_spikes else OWN_TRACE_SPANS)]
         own += [bent(x) for x in means] if is_spikes else [means[0], *(b - a for a, b in pairwise(means))]
+    own += [0.0 if is_spikes else bent(x) for x in own]
     gaps = [NUM_TIMES if last is None else at - last] * len(OWN_SPANS)
     gaps += [NUM_TIMES if after is None else after - at] * len(OWN_SPANS)
+    gaps *= 2
     faded = [x * math.exp(-gap / HZ / decay) for decay in DECAYS_S for x, gap in zip(own, gaps, strict=True)]
     return sums, [*own, *faded]
 

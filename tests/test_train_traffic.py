@@ -12,7 +12,7 @@ from prep.settings import ConfigError
 from train.activations import Passes
 from train.config import OptimConfig, RunConfig
 from train.memory import Job, Zero
-from train.traffic import SUMS, Exchange, Machine, exchanges, laptop, num_buckets, pace
+from train.traffic import Exchange, Machine, exchanges, laptop, num_buckets, pace
 
 PASSES = Passes(rows=100, inputs=0, kept=0, most=0)
 
@@ -25,7 +25,7 @@ def a_job(nodes: int, slots: int, accumulation: int = 1, **zero: Any) -> Job:
 
 def payloads(job: Job) -> dict[str, float]:
     """Of the core, in whole models of bf16 weights."""
-    found = [x for x in exchanges(job, PASSES) if "unit table" not in x.name and x is not SUMS]
+    found = [x for x in exchanges(job, PASSES) if "unit table" not in x.name and "single numbers" not in x.name]
     return {x.name: x.payload * x.times / (2 * job.num_parameters) for x in found}
 
 

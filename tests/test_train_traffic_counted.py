@@ -41,12 +41,20 @@ SMALL = {"stage3_param_persistence_threshold": 200, "reduce_bucket_size": 40_000
 
 
 @pytest.mark.parametrize(
-    ("name", "zero", "micro_batch"),
-    [("zero3.json", {}, 2), ("zero3.json", SMALL, 1), ("zero1.json", {}, 1)],
-    ids=["whole", "partitioned, in buckets, two micro-batches", "zero1"],
+    ("name", "zero", "train"),
+    [
+        ("zero3.json", {}, {"micro_batch_size": 2}),
+        ("zero3.json", SMALL, {"micro_batch_size": 1}),
+        ("zero1.json", {}, {"micro_batch_size": 1}),
+        ("zero3.json", {}, {"optimizer": "muon"}),
+        ("zero1.json", {}, {"optimizer": "muon"}),
+    ],
+    ids=["whole", "partitioned, in buckets, two micro-batches", "zero1", "muon", "zero1, muon"],
 )
-def test_a_step_sends_what_the_plan_says(tmp_path: Path, name: str, zero: dict[str, Any], micro_batch: int) -> None:
-    store, run = tiny_store(tmp_path), tiny_run(num_steps=3, micro_batch_size=micro_batch)
+def test_a_step_sends_what_the_plan_says(
+    tmp_path: Path, name: str, zero: dict[str, Any], train: dict[str, Any]
+) -> None:
+    store, run = tiny_store(tmp_path), tiny_run(num_steps=3, **train)
     run = with_mechanics(run, tmp_path, name, **zero)
     run_dir = prepare_run(tmp_path / "run", store, run)
     command = [sys.executable, str(ROOT / "tests" / "counted_collectives.py"), str(run_dir)]

@@ -25,11 +25,12 @@ from train.support import infer_rows
 from train.trained import ADAPTED, Known, Trained, open_hub
 
 SHOWN_EVERY = 20
+FIT_UNITS, FIT_QUERIES = 256, 8192  # of a window: units are read from each other as they will be asked for, all of them
 FIT = OptimConfig(  # what a user asks of a model: activity from all that is known, behaviour, units from each other
     unit_lr=0.03,
     warmup_steps=10,
     unit_dropout=0.0,
-    families=("encoding", "leave_out+decoding"),
+    families=("leave_out+decoding", "encoding", "leave_out+decoding"),
 )
 
 
@@ -95,7 +96,9 @@ def infer_all(trained: Trained, session: int, known: Known) -> int:
 
 def fit_rows(trained: Trained, unknown: npt.NDArray[np.bool_], optim: OptimConfig) -> None:
     """Few-shot: the new rows by the model's own loss on the train split; weights and known rows stay."""
-    run = replace(trained.run, train=optim)
+    run = replace(
+        trained.run, train=optim, data=replace(trained.run.data, max_units=FIT_UNITS, max_queries=FIT_QUERIES)
+    )
     origins = trained.reader.source_table.origin_keys
     samples = TrainingSamples(trained.store.address, run, trained.model.config, origins)
     table, known = trained.table, torch.from_numpy(~unknown)

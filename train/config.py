@@ -143,14 +143,18 @@ class Weights:
     datasets: dict[str, float] = field(default_factory=dict)  # dataset_id: weight; 1 where nothing is said
     sessions: dict[str, float] = field(default_factory=dict)  # dataset_id/session_id: weight
     modalities: dict[str, float] = field(default_factory=dict)  # spikes, traces, …: weight of sessions that have it
+    families: dict[str, dict[str, float]] = field(default_factory=dict)  # mix of train.families: its own `modalities`
 
     def __post_init__(self) -> None:
-        for name in sorted(self.modalities.keys() - set(MODALITIES)):
-            near = difflib.get_close_matches(name, MODALITIES, n=1)
-            hint = f"Did you mean {near[0]}?" if near else f"Valid: {', '.join(MODALITIES)}."
-            raise ConfigError(f"modalities: {name!r} is not a modality. {hint}")
-        for what in ("datasets", "sessions", "modalities"):
-            for name, weight in getattr(self, what).items():
+        of_mixes = {f"families.{mix}": weights for mix, weights in self.families.items()}
+        for what, weights in ({"modalities": self.modalities} | of_mixes).items():
+            for name in sorted(weights.keys() - set(MODALITIES)):
+                near = difflib.get_close_matches(name, MODALITIES, n=1)
+                hint = f"Did you mean {near[0]}?" if near else f"Valid: {', '.join(MODALITIES)}."
+                raise ConfigError(f"{what}: {name!r} is not a modality. {hint}")
+        everything = {"datasets": self.datasets, "sessions": self.sessions, "modalities": self.modalities} | of_mixes
+        for what, weights in everything.items():
+            for name, weight in weights.items():
                 if not 0 <= weight <= MAX_WEIGHT:
                     raise ConfigError(f"{what}.{name} = {weight} must be between 0 and {MAX_WEIGHT:g}.")
 
@@ -192,6 +196,7 @@ class OptimConfig:
     num_steps: int = 100
     global_batch_size: int = 32
     micro_batch_size: int = 16
+    optimizer: Literal["adamw", "muon"] = "adamw"  # muon: matrices by Muon, all else by AdamW (train/muon.py)
     lr: float = 1e-3
     vector_lr_scale: float = 1.0  # of norms, biases and embeddings: their learning rate is lr times this
     unit_lr: float = 0.1
@@ -261,6 +266,9 @@ class RunConfig:
             if getattr(self, name) < 0:
                 raise ConfigError(f"{name} = {getattr(self, name)} must not be negative.")
         _check_positive(self, "checkpoint_every", "keep_checkpoints", "log_every", "validate_windows")
+        mixes = dict.fromkeys(turn.mix for turn in self.turns)
+        for mix in self.data.weights.families.keys() - mixes.keys():
+            raise ConfigError(f"data.weights.families: {mix!r} is not in train.families. It has {', '.join(mixes)}.")
         if self.profile_steps and not (re.fullmatch(r"\d+:\d+", self.profile_steps) and self.profiled):
             raise ConfigError(
                 f"profile_steps = {self.profile_steps!r} must be FIRST:STOP, for instance '10:12' for steps 10 and 11."
@@ -354,4 +362,11 @@ def deepspeed_config(config: RunConfig, world_size: int) -> dict[str, Any]:
     }
     for key in {*ours, *NEVER_IN_MECHANICS} & set(mechanics):
         raise ConfigError(f"{path}: {key} belongs to the run's YAML, not to the engine's mechanics. Remove it there.")
+    if config.train.optimizer == "muon":
+        if "offload_optimizer" in mechanics.get("zero_optimization", {}):
+            raise ConfigError(
+                f"{path} keeps the optimizer's states off the GPU, where train.optimizer=muon would be slow. "
+                "Use a file of ds_configs/ without offload, or train.optimizer=adamw."
+            )
+        ours["zero_allow_untested_optimizer"] = True  # DeepSpeed knows its own Muon alone, which clips what has moved
     return {**mechanics, **ours}

@@ -20,6 +20,7 @@ from train.build import HALVED, build_model, whole
 from train.compiled import compile_blocks, compile_whole
 from train.config import OptimConfig, RunConfig, deepspeed_config
 from train.model.modeling_brainloom import BrainloomForPreTraining, BrainloomPreTrainingOutput
+from train.muon import MATRICES, Muon, is_matrix
 from train.partitions import MASTER, Partitions
 from train.sampler import mix
 from train.schedule import average_decay, lr_factor
@@ -36,25 +37,37 @@ def _gather(parameters: list[nn.Parameter]) -> AbstractContextManager[None]:
 
 
 def parameter_groups(model: nn.Module, config: OptimConfig) -> list[dict[str, Any]]:
-    """Matrices decay; norms, biases and embeddings do not, and have a learning rate of their own."""
-    groups: dict[bool, list[nn.Parameter]] = {True: [], False: []}
+    """Matrices decay; norms, biases and embeddings do not, and have a learning rate of their own.
+
+    Those that Muon moves are a group of their own.
+    """
+    groups: dict[str, list[nn.Parameter]] = {MATRICES: [], "decay": [], "no_decay": []}
     for name, parameter in model.named_parameters():
         shape = getattr(parameter, "ds_shape", parameter.shape)
-        groups[len(shape) >= 2 and not name.endswith("_embed")].append(parameter)
-    vectors = {"weight_decay": 0.0, "lr": config.lr * config.vector_lr_scale}
+        if config.optimizer == "muon" and is_matrix(name, shape):
+            groups[MATRICES].append(parameter)
+        else:
+            groups["decay" if len(shape) >= 2 and not name.endswith("_embed") else "no_decay"].append(parameter)
+    scale, decay = {"no_decay": config.vector_lr_scale}, {"no_decay": 0.0}
     return [
-        {"params": groups[True], "weight_decay": config.weight_decay, "lr": config.lr, "name": "decay"},
-        {"params": groups[False], **vectors, "name": "no_decay"},
+        {
+            "params": parameters,
+            "weight_decay": decay.get(name, config.weight_decay),
+            "lr": config.lr * scale.get(name, 1.0),
+            "name": name,
+        }
+        for name, parameters in groups.items()
+        if parameters
     ]
 
 
 def make_optimizer(model: nn.Module, config: OptimConfig, fused: bool | None = None) -> torch.optim.AdamW:
-    """AdamW (Loshchilov & Hutter 2019); `initial_lr` of a group is its peak learning rate, as in torch's schedulers.
+    """AdamW (Loshchilov & Hutter 2019), or Muon; `initial_lr` of a group is its peak, as in torch's schedulers.
 
     `fused`: in one pass over memory; None leaves it to torch.
     """
     groups = [{**group, "initial_lr": group["lr"]} for group in parameter_groups(model, config)]
-    return torch.optim.AdamW(groups, betas=BETAS, fused=fused)
+    return Muon(groups, BETAS) if config.optimizer == "muon" else torch.optim.AdamW(groups, betas=BETAS, fused=fused)
 
 
 def count_in_norm(optimizer: Any, table: UnitTable) -> None:
@@ -113,6 +126,8 @@ class Engine:
         self.table = UnitTable(keys, model.config.unit_embed_size, self.device, averages, dist.new_group())
         count_in_norm(self.optimizer, self.table)
         self.partitions = Partitions(self.deepspeed)
+        if isinstance(optimizer, Muon):
+            optimizer.follow(self.partitions)
         # Of this rank's partitions of the master weights: what it costs is four bytes for each.
         self.average = [buffer[MASTER].clone() for buffer in self.partitions.buffers()] if averages else []
 

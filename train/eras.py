@@ -1,13 +1,14 @@
 """Eras: a run goes on with more sessions than it began with, and every window still comes as often as it should.
 
 In: windows and weights of a store's sessions, what a checkpoint says of earlier eras. Out: the window of a position.
+Turns of families whose sessions have weights of their own are dealt from an order of their own, and so are all others.
 An era begins where a run is resumed with new sessions. Its first pass takes what the running pass had not seen yet and
 all windows of the new sessions, each ticket once, in an order of its own; later passes take all. No window is listed:
 the memory that this takes grows with the number of sessions and eras alone.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from prep.settings import ConfigError
@@ -15,6 +16,7 @@ from train.mixing import Pool
 from train.sampler import Draw, mix, permute
 
 _ERA = 1 << 32  # keys of eras are not those of passes
+_GROUP = 1 << 35  # nor those of groups of turns
 Sessions = Mapping[str, tuple[range, float]]  # of the store: the windows of each, and its weight
 
 
@@ -92,6 +94,53 @@ class Order:
         era = next(era for era in reversed(self._running) if era.first_position <= position)
         pass_, place, _ = era.at(position)
         return Draw(position, era.first_pass + pass_, era.window(pass_, place))
+
+
+class Orders:
+    """Which window stands at a position of a run whose turns are not all dealt the same sessions."""
+
+    def __init__(
+        self,
+        begun: Sequence[Era],
+        sessions: Mapping[str, Sessions],
+        turns: Sequence[str],
+        batch_size: int,
+        seed: int,
+        position: int = 0,
+    ) -> None:
+        """As Order; `sessions` of each mix that has its own, and those of all others as "".
+
+        `turns`: the mix of each step, one after the other and again; a step takes `batch_size` positions.
+        """
+        self._groups = [mix_ if mix_ in sessions else "" for mix_ in turns]
+        self._batch_size = batch_size
+        self.state = Order(begun, sessions[""], seed, position).state
+        self._orders: dict[str, Order] = {}
+        for number, (group, own) in enumerate(sessions.items()):
+            eras = [
+                Era(
+                    self._place(group, era.first_position),
+                    {key: (num, own[key][1]) for key, (num, _) in era.sessions.items()},
+                )
+                for era in eras_from({"eras": self.state})
+            ]
+            self._orders[group] = Order(eras, own, mix(seed, _GROUP + number) if group else seed)
+
+    def num_tickets(self, group: str = "") -> int:
+        """Of a pass over all sessions, in the turns of a mix or of those that have nothing of their own."""
+        return len(self._orders[group])
+
+    def draw(self, position: int) -> Draw:
+        """The draw at a position."""
+        group = self._groups[position // self._batch_size % len(self._groups)]
+        return replace(self._orders[group].draw(self._place(group, position)), position=position)
+
+    def _place(self, group: str, position: int) -> int:
+        """How many positions of a group's turns come before a position."""
+        step, inside = divmod(position, self._batch_size)
+        cycle, turn = divmod(step, len(self._groups))
+        steps = cycle * self._groups.count(group) + self._groups[:turn].count(group)
+        return steps * self._batch_size + (inside if self._groups[turn] == group else 0)
 
 
 class _Running:

@@ -21,7 +21,7 @@ from prep.settings import TOKEN_NS, ConfigError
 from prep.store import DigestError, Store
 from train.config import RunConfig, Turn
 from train.dataset import WindowReader, budget, collate, make_sample, may_show_frames, split_windows
-from train.eras import Order, eras_from
+from train.eras import Era, Orders, Sessions, eras_from
 from train.masking import draw_mask
 from train.mixing import session_key, session_weights
 from train.model.configuration_brainloom import BrainloomConfig
@@ -60,16 +60,18 @@ class TrainingSamples:
         longest_s = max(turn.context_s for turn in config.turns)
         self.windows = split_windows(opened, "train", longest_s, config.data.stride_s)
         self._keys = [session_key(entry) for entry in opened.entries]
-        weights = session_weights(opened.entries, config.data.weights)
-        self._sessions = {
-            self._keys[place]: (span, weights[self._keys[place]]) for place, span in self.windows.of_sessions().items()
-        }
-        self.order = Order([], self._sessions, config.seed)
-        if not len(self.order):
-            raise ConfigError(
-                f"{store} has no window of {longest_s} s in the train split whose weight is more than 0. "
-                "Shorten data.context_s, or ingest longer recordings."
-            )
+        spans = self.windows.of_sessions()
+        self._sessions: dict[str, Sessions] = {}
+        for mix in ("", *config.data.weights.families):
+            weights = session_weights(opened.entries, config.data.weights, mix)
+            self._sessions[mix] = {self._keys[n]: (span, weights[self._keys[n]]) for n, span in spans.items()}
+        self.order = self._orders([], 0)
+        for mix in self._sessions:
+            if not self.order.num_tickets(mix):
+                raise ConfigError(
+                    f"{store} has no window of {longest_s} s in the train split whose weight is more than 0"
+                    f"{f' in the turns of {mix}' if mix else ''}. Shorten data.context_s, or ingest longer recordings."
+                )
         self.budgets = {
             turn: budget(opened, replace(config.data, context_s=turn.context_s), turn.mix, origins)
             for turn in config.turns
@@ -82,7 +84,12 @@ class TrainingSamples:
 
     def go_on(self, state: Mapping[str, Any]) -> None:
         """The order of a run that goes on from a checkpoint with this state. Raises ConfigError."""
-        self.order = Order(eras_from(state), self._sessions, self.config.seed, int(state["position"]))
+        self.order = self._orders(eras_from(state), int(state["position"]))
+
+    def _orders(self, eras: list[Era], position: int) -> Orders:
+        train = self.config.train
+        mixes = [self.config.turn(step).mix for step in range(len(train.families))]
+        return Orders(eras, self._sessions, mixes, train.global_batch_size, self.config.seed, position)
 
     def _open(self) -> WindowReader:
         if self._reader is None:

@@ -11,7 +11,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import groupby
+from itertools import accumulate, groupby
 from typing import Any, Literal
 
 import torch
@@ -22,6 +22,7 @@ from train.config import RunConfig, gradient_accumulation
 from train.loader import READ_AHEAD
 from train.model.configuration_brainloom import BrainloomConfig
 from train.model.modeling_brainloom import BrainloomForPreTraining
+from train.muon import is_matrix
 
 Place = Literal["device", "host", "disk"]
 BYTES = {name: dtype.itemsize for name, dtype in DTYPES.items()}
@@ -104,6 +105,24 @@ class Job:
     def sizes(self) -> list[int]:
         """Elements of each parameter of the core."""
         return [parameter.numel() for parameter in self.core.parameters()]
+
+    @cached_property
+    def matrices(self) -> list[int]:
+        """Elements of each parameter that Muon moves, where it does."""
+        named = self.core.named_parameters() if self.run.train.optimizer == "muon" else ()
+        return [parameter.numel() for name, parameter in named if is_matrix(name, parameter.shape)]
+
+    @cached_property
+    def cut_matrices(self) -> list[int]:
+        """Those of which several ranks keep a piece: ZeRO-3 cuts each of them, the others all as one, after padding."""
+        if self.zero.stage == 3 or self.num_ranks == 1:
+            return self.matrices * (self.num_ranks > 1)
+        if self.zero.stage == 0:
+            return []
+        aligned = 2 * self.num_ranks
+        length = math.ceil(sum(self.matrices) / aligned) * aligned // self.num_ranks
+        stops = list(accumulate(self.matrices))
+        return [n for n, stop in zip(self.matrices, stops, strict=True) if (stop - n) // length != (stop - 1) // length]
 
     @property
     def sizes_as_reduced(self) -> list[int]:
@@ -242,6 +261,8 @@ def _optimizer(job: Job) -> Iterator[Part]:
     # The root of the second moment, and on a CPU its quotient too, where CUDA's divides in place; fused Adam has none.
     temporaries = 1 if job.on_cuda else 2
     yield Part(name="temporaries of Adam", place=place, step=temporaries * group * (offload == "none"))
+    # Whole, its iterate, the next one; the squares are smaller.
+    yield Part(name="a matrix, made orthogonal", place=place, step=4 * FP32 * max(job.matrices, default=0))
 
 
 def _activations(passes: Passes) -> Iterator[Part]:

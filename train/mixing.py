@@ -22,8 +22,12 @@ def session_key(entry: dict[str, Any]) -> str:
     return f"{entry['dataset_id']}/{entry['session_id']}"
 
 
-def session_weights(entries: Sequence[dict[str, Any]], weights: Weights) -> dict[str, float]:
-    """The weight of each session: the product of those of its dataset, itself and each modality that it has."""
+def session_weights(entries: Sequence[dict[str, Any]], weights: Weights, turns_of: str = "") -> dict[str, float]:
+    """The weight of each session: the product of those of its dataset, itself and each modality that it has.
+
+    `turns_of`: in the turns of this mix of families, whose own weights of modalities stand before the others.
+    """
+    of_modality = weights.modalities | weights.families.get(turns_of, {})
     keys = [session_key(entry) for entry in entries]
     _check_names("datasets", weights.datasets, {entry["dataset_id"] for entry in entries})
     _check_names("sessions", weights.sessions, keys)
@@ -31,7 +35,7 @@ def session_weights(entries: Sequence[dict[str, Any]], weights: Weights) -> dict
     for key, entry in zip(keys, entries, strict=True):
         weight = weights.datasets.get(entry["dataset_id"], 1.0) * weights.sessions.get(key, 1.0)
         for modality in sorted({stream["modality"] for stream in entry["streams"]}):
-            weight *= weights.modalities.get(modality, 1.0)
+            weight *= of_modality.get(modality, 1.0)
         result[key] = weight
     return result
 

@@ -64,7 +64,8 @@ class Partitions:
                 if found is not None
             ]
 
-    def _masters(self) -> list[Tensor]:
+    def masters(self) -> list[Tensor]:
+        """The flat buffers of master weights, by which an optimizer knows them."""
         optimizer = self._optimizer
         found: list[Tensor] = (
             optimizer.fp32_partitioned_groups_flat if self._is_stage3 else optimizer.single_partition_of_fp32_groups
@@ -74,7 +75,7 @@ class Partitions:
     @contextlib.contextmanager
     def _in_memory(self, number: int, is_changed: bool) -> Iterator[Tensor]:
         """A buffer of master weights; where it lives on NVMe, it is fetched, and sent back if it was changed."""
-        master = self._masters()[number]
+        master = self.masters()[number]
         is_swapped = self._is_stage3 and self._optimizer._swappable_optimizer_subgroup(number)
         if is_swapped:
             self._optimizer._optimizer_states_and_gradient_swap_in(number)
@@ -94,7 +95,7 @@ class Partitions:
     @property
     def num_steps(self) -> int:
         """Adam's count of its steps; the buffers move together, so that there is one number."""
-        counts = {int(self._inner.state.get(master, {}).get("step", 0)) for master in self._masters()}
+        counts = {int(self._inner.state.get(master, {}).get("step", 0)) for master in self.masters()}
         assert len(counts) == 1, f"buffers disagree on the number of steps: {counts}"
         return counts.pop()
 

@@ -189,4 +189,4 @@ def samples_of(run: RunConfig, store: Store | None) -> tuple[tuple[Shape, ...], 
         for start_ns, stop_ns, label in entry["splits"]
         if label == "train"
     ]
-    return shapes, Recordings(name="the store", num_windows=len(samples.order), unit_hours=sum(hours))
+    return shapes, Recordings(name="the store", num_windows=samples.order.num_tickets(), unit_hours=sum(hours))

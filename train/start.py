@@ -140,6 +140,11 @@ def _check_goes_on(before: config.RunConfig, run: config.RunConfig, where: Path)
         raise ConfigError(
             f"{where} holds a run of another model ({before.model}). Give another OUT, or the same model."
         )
+    if before.train.optimizer != run.train.optimizer:
+        raise ConfigError(
+            f"{where} has trained by {before.train.optimizer}, whose moments are not those of {run.train.optimizer}. "
+            f"Set train.optimizer={before.train.optimizer}, or give another OUT."
+        )
     if order(before) != order(run):
         raise ConfigError(
             f"{where} has trained on data in another order: seed, data (but num_workers and bad_windows), and of"
@@ -151,7 +156,9 @@ def _check_goes_on(before: config.RunConfig, run: config.RunConfig, where: Path)
 def order(run: config.RunConfig) -> tuple[object, ...]:
     """All that decides which window, unit and mask stands at which position of a run.
 
-    But for the weights of sessions: new sessions may bring some, and those of others are kept (train/eras.py).
+    But for most weights of sessions: new sessions may bring some, and those of others are kept (train/eras.py).
     """
-    data = replace(run.data, num_workers=0, bad_windows="stop", weights=config.Weights())
+    data = replace(
+        run.data, num_workers=0, bad_windows="stop", weights=config.Weights(families=run.data.weights.families)
+    )
     return run.seed, data, run.train.global_batch_size, run.train.families, run.train.context_schedule

@@ -22,7 +22,6 @@ from train.usage import PEAKS
 
 Group = Literal["all", "node", "pairs", "host", "disk"]
 GB = 1e9
-NUM_GROUPS = 2  # of parameters, with their own learning rates: below ZeRO-3 each is gathered by itself
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -125,22 +124,30 @@ class Exchange:
 
 def exchanges(job: Job, passes: Passes) -> list[Exchange]:
     """All that is sent in a step; nothing where a rank is alone."""
-    made = [*_of_the_core(job), *_of_the_table(job, passes), SUMS] if job.num_ranks > 1 else []
+    made = [*_of_the_core(job), *_of_the_table(job, passes), _sums(job)] if job.num_ranks > 1 else []
     return [exchange for exchange in (*made, *_with_the_host(job)) if exchange.payload * exchange.times]
 
 
-# The norm of the core's gradient and of the table's, whether one is not finite, and a step's row of metrics.
-SUMS = Exchange("sums of single numbers", 132, 2, "all", rounds=2 * 4)
+def _sums(job: Job) -> Exchange:
+    """The norm of each group's gradient and of the table's, and a step's row of metrics."""
+    return Exchange("sums of single numbers", 132, 2, "all", rounds=2 * (2 + num_groups(job)))
+
+
+def num_groups(job: Job) -> int:
+    """Parameters come in groups that are stepped, and below ZeRO-3 gathered, one after the other."""
+    return 2 + bool(job.matrices)  # what decays, what does not, and what Muon moves
 
 
 def _of_the_core(job: Job) -> Iterator[Exchange]:
     zero, size, passes = job.zero, job.weight_bytes, job.accumulation
     whole = size * job.num_parameters
     buckets = num_buckets(job.sizes_as_reduced, zero.reduce_bucket_size)
+    pieces = job.cut_matrices
+    yield Exchange("pieces of matrices, reduced for all", FP32 * sum(pieces), 2, "all", 2 * len(pieces))
     if zero.stage < 3:
         times = 2 * (passes if zero.stage == 2 else 1)
         yield Exchange("gradients, reduced for all", whole, times, "all", times * buckets)
-        yield Exchange("weights, gathered after the step", whole, min(1, zero.stage), "all", NUM_GROUPS)
+        yield Exchange("weights, gathered after the step", whole, min(1, zero.stage), "all", num_groups(job))
         return
     persistent, rest = size * job.persistent, size * (job.num_parameters - job.persistent)
     again = rest - size * job.gathered

@@ -23,7 +23,7 @@ NUM_SUMS = 3 * len(SPANS)  # before, after, both
 OWN_SPANS = (1, 3, 8, 60)  # what a source of counts says of itself
 OWN_TRACE_SPANS = (1, 5, 20, 75)  # and any other source: as close to every single sample as four spans come
 DECAYS_S = (0.1, 0.5)  # how what a source says of itself fades with its distance; and not at all
-NUM_OWN = 2 * len(OWN_SPANS) * (1 + len(DECAYS_S))
+NUM_OWN = 2 * 2 * len(OWN_SPANS) * (1 + len(DECAYS_S))  # of past and future, as it is and bent
 EDGE = 1e-3  # of a step: a sample at the edge of two steps is in the later one, whatever is rounded
 
 
@@ -100,10 +100,12 @@ def surround(
     own_length = torch.where(is_counted_BS[..., None], gap.new_tensor(OWN_SPANS), gap.new_tensor(OWN_TRACE_SPANS))
     own_lengths = own_length.long()[:, :, None].unbind(-1)
     means = torch.cat(spans(total, own_lengths), -1) / torch.cat(spans(count, own_lengths), -1).clamp(min=1)
-    own = torch.where(is_counted_BS[..., None, None], bent(means), changes(means))
+    is_counted = is_counted_BS[..., None, None]
+    level = torch.where(is_counted, bent(means), changes(means))
+    own = torch.cat([level, torch.where(is_counted, 0.0, bent(level))], -1)  # counts are bent already
     fade = torch.exp(-gap[..., None, :] / readout_hz / gap.new_tensor(DECAYS_S)[:, None])  # (B, S, G, decays, 2)
     fade = torch.cat([torch.ones_like(fade[..., :1, :]), fade], -2).repeat_interleave(len(OWN_SPANS), -1)
-    own = (own[..., None, :] * fade).flatten(-2)
+    own = (own[..., None, :] * torch.cat([fade, fade], -1)).flatten(-2)
     dtype = values_BNP.dtype
     return Surround(sums.to(dtype), own.to(dtype), gap.log1p(), seen)
 
