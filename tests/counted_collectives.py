@@ -24,6 +24,7 @@ WHOLE = {
     "reduce_scatter_tensor": "input",
     "all_to_all_single": "input",
     "broadcast": "tensor",
+    "reduce": "tensor",
     "barrier": "",
 }
 

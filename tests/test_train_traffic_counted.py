@@ -23,7 +23,7 @@ from train.traffic import Exchange, laptop
 pytestmark = pytest.mark.slow
 
 CALLS = {"gathered": "all_gather_into_tensor", "scattered": "reduce_scatter_tensor", "reduced": "all_reduce"}
-CALLS |= {"sums": "all_reduce", "table": "all_to_all_single"}
+CALLS |= {"sums": "all_reduce", "table": "all_to_all_single", "pieces": "reduce", "directions": "broadcast"}
 
 
 def call_of(exchange: Exchange) -> str:

@@ -261,8 +261,10 @@ def _optimizer(job: Job) -> Iterator[Part]:
     # The root of the second moment, and on a CPU its quotient too, where CUDA's divides in place; fused Adam has none.
     temporaries = 1 if job.on_cuda else 2
     yield Part(name="temporaries of Adam", place=place, step=temporaries * group * (offload == "none"))
-    # Whole, its iterate, the next one; the squares are smaller.
-    yield Part(name="a matrix, made orthogonal", place=place, step=4 * FP32 * max(job.matrices, default=0))
+    # Each rank's whole, of the one that is its own the iterate and the next one; the squares are smaller.
+    dealt = sorted(job.cut_matrices)[-job.num_ranks :]
+    orthogonal = sum(dealt) + 3 * max(job.matrices, default=0)
+    yield Part(name="matrices, made orthogonal", place=place, step=FP32 * orthogonal)
 
 
 def _activations(passes: Passes) -> Iterator[Part]:

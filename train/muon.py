@@ -2,10 +2,11 @@
 
 In: flat buffers of ZeRO, with their gradients. Out: buffers that have moved by one step.
 Every direction of a matrix then moves alike, rare ones too (Jordan 2024), by as much as AdamW would move it (Liu 2025),
-so that learning rate and decay are AdamW's. A matrix is orthogonalised whole: of what ZeRO has cut, ranks add up their
-pieces first, one matrix at a time. It works on what DeepSpeed has already averaged, checked and clipped.
+so that learning rate and decay are AdamW's. A matrix is orthogonalised whole: those that ZeRO has cut are dealt to the
+ranks, as many at a time as there are ranks. It works on what DeepSpeed has already averaged, checked and clipped.
 """
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -54,9 +55,29 @@ class Matrix:
     piece: Piece | None
     is_cut: bool
 
+    def whole(self, flat: Tensor) -> Tensor:
+        """What a buffer holds of it, among zeros."""
+        found = flat.new_zeros(math.prod(self.shape))
+        if self.piece is not None:
+            found[self._inside()] = flat[self._place()]
+        return found.view(self.shape)
+
+    def add_to(self, flat: Tensor, moved: Tensor, lr: float) -> None:
+        """Take a step in a buffer, by the part of a direction that is held there."""
+        if self.piece is not None:
+            flat[self._place()].add_(moved.reshape(-1)[self._inside()], alpha=-lr * RMS * max(self.shape) ** 0.5)
+
+    def _inside(self) -> slice:
+        assert self.piece is not None
+        return slice(self.piece.start, self.piece.start + self.piece.size)
+
+    def _place(self) -> slice:
+        assert self.piece is not None
+        return slice(self.piece.place, self.piece.place + self.piece.size)
+
 
 def matrices_of(partitions: Partitions) -> list[list[Matrix]]:
-    """The matrices of each buffer, of all ranks, in one order; all ranks call it."""
+    """The matrices of each buffer: its own, and in one order all that are cut; all ranks call it."""
     mine = [{piece.name: piece for piece in pieces} for pieces in partitions.pieces]
     everybody = [mine] * dist.get_world_size()
     dist.all_gather_object(everybody, mine)
@@ -69,6 +90,7 @@ def matrices_of(partitions: Partitions) -> list[list[Matrix]]:
                 Matrix((rows, columns), pieces.get(name), holders.count(name) > 1)
                 for name in names
                 for rows, columns in [partitions.shapes[name]]
+                if name in pieces or holders.count(name) > 1
             ]
         )
     return found
@@ -110,18 +132,26 @@ class Muon(torch.optim.AdamW):
         state["exp_avg"].lerp_(flat.grad, 1 - MOMENTUM)
         update = flat.grad.lerp(state["exp_avg"], MOMENTUM)  # Nesterov's
         flat.mul_(1 - lr * weight_decay)
-        for matrix in self._matrices.get(flat, []):  # DeepSpeed takes a step of zeros before anything is known
-            self._move_one(flat, update, matrix, lr)
+        matrices = self._matrices.get(flat, [])  # none in the step of zeros that DeepSpeed takes at first
+        for matrix in matrices:
+            if not matrix.is_cut:
+                matrix.add_to(flat, orthogonal(matrix.whole(update)), lr)
+        cut = sorted((matrix for matrix in matrices if matrix.is_cut), key=lambda matrix: math.prod(matrix.shape))
+        num_ranks = dist.get_world_size() if cut else 1
+        for dealt in (cut[first : first + num_ranks] for first in range(0, len(cut), num_ranks)):
+            for matrix, moved in zip(dealt, orthogonal_by_turns([m.whole(update) for m in dealt]), strict=True):
+                matrix.add_to(flat, moved, lr)
 
-    def _move_one(self, flat: Tensor, update: Tensor, matrix: Matrix, lr: float) -> None:
-        piece, (rows, columns) = matrix.piece, matrix.shape
-        if piece is None and not matrix.is_cut:
-            return
-        whole = update.new_zeros(rows * columns)
-        if piece is not None:
-            whole[piece.start : piece.start + piece.size] = update[piece.place : piece.place + piece.size]
-        if matrix.is_cut:
-            dist.all_reduce(whole)
-        if piece is not None:
-            moved = orthogonal(whole.view(rows, columns)).reshape(-1)[piece.start : piece.start + piece.size]
-            flat[piece.place : piece.place + piece.size].add_(moved, alpha=-lr * RMS * max(rows, columns) ** 0.5)
+
+def orthogonal_by_turns(pieces: list[Tensor]) -> list[Tensor]:
+    """What `orthogonal` makes of matrices of which each rank has pieces, among zeros; no more matrices than ranks.
+
+    Each rank is given one of them, and hands round what it has made.
+    """
+    for work in [dist.reduce(matrix, owner, async_op=True) for owner, matrix in enumerate(pieces)]:
+        work.wait()
+    if dist.get_rank() < len(pieces):
+        pieces[dist.get_rank()] = orthogonal(pieces[dist.get_rank()]).contiguous()
+    for work in [dist.broadcast(matrix, owner, async_op=True) for owner, matrix in enumerate(pieces)]:
+        work.wait()
+    return pieces

@@ -142,8 +142,9 @@ def _of_the_core(job: Job) -> Iterator[Exchange]:
     zero, size, passes = job.zero, job.weight_bytes, job.accumulation
     whole = size * job.num_parameters
     buckets = num_buckets(job.sizes_as_reduced, zero.reduce_bucket_size)
-    pieces = job.cut_matrices
-    yield Exchange("pieces of matrices, reduced for all", FP32 * sum(pieces), 2, "all", 2 * len(pieces))
+    cut = job.cut_matrices
+    for name in ("pieces of matrices, each to one rank", "directions of matrices, from one rank"):
+        yield Exchange(name, FP32 * sum(cut), 1, "all", len(cut))
     if zero.stage < 3:
         times = 2 * (passes if zero.stage == 2 else 1)
         yield Exchange("gradients, reduced for all", whole, times, "all", times * buckets)
