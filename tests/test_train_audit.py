@@ -21,7 +21,7 @@ from train.audit import CHECKS, Row, failures, must_hide
 from train.audit_training import TrainingBatches, chance_of_same, own_mask_share
 from train.audit_windows import difference, shuffle, unshuffle
 from train.build import build_model
-from train.config import ALL_FAMILIES, FAMILIES, Family
+from train.config import ALL_FAMILIES, FAMILIES, Family, Weights
 from train.dataset import Budget, Window, WindowReader, collate, make_sample
 from train.masking import BEHAVIOR, TASKS, Mask, TokenTable, draw_mask, is_activity, task_mask
 from train.trained import Trained
@@ -276,6 +276,13 @@ def test_a_mask_that_is_drawn_once_for_a_batch_is_caught(
     assert num_strange == 0 and own_mask_share(batches, windows) == 1
     monkeypatch.undo()
     assert own_mask_share(TrainingBatches(trained, family), windows) < 1
+
+
+def test_a_family_is_audited_also_in_a_run_where_another_one_has_weights_of_its_own(trained: Trained) -> None:
+    weights = Weights(families={"encoding": {"traces": 2.0}})
+    run = replace(trained.run, data=replace(trained.run.data, weights=weights))
+    windows, _, num_strange = TrainingBatches(replace(trained, run=run), "decoding").first()
+    assert len(windows) and num_strange == 0
 
 
 def test_masks_are_compared_only_where_honest_ones_differ(trained: Trained) -> None:

@@ -82,6 +82,9 @@ def test_a_run_does_not_become_another_model_or_start_afresh_among_old_checkpoin
     weights = config.Weights(sessions={"d1/new": 2.0})  # those of old sessions are kept by the eras of a checkpoint
     data = replace(run.data, num_workers=2, bad_windows="skip", weights=weights)
     start.prepare(replace(run, data=data), Store(store), out)
+    weights = config.Weights(families={"encoding": {"traces": 2.0}})  # of which eras keep nothing
+    with pytest.raises(ConfigError, match="and weights if no family has its own"):
+        start.prepare(replace(run, data=replace(run.data, weights=weights)), Store(store), out)
     with pytest.raises(ConfigError, match="--resume never would mix two runs"):
         start.prepare(run, Store(store), out, "never")
 

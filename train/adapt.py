@@ -25,7 +25,10 @@ from train.support import infer_rows
 from train.trained import ADAPTED, Known, Trained, open_hub
 
 SHOWN_EVERY = 20
-FIT_UNITS, FIT_QUERIES = 256, 8192  # of a window: units are read from each other as they will be asked for, all of them
+FIT_UNITS, FIT_QUERIES = (
+    256,
+    8192,
+)  # of a window: units are read from each other as they will be asked for, not from a part
 FIT = OptimConfig(  # what a user asks of a model: activity from all that is known, behaviour, units from each other
     unit_lr=0.03,
     warmup_steps=10,

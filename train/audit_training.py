@@ -62,7 +62,12 @@ class TrainingBatches:
 
     def __init__(self, trained: Trained, family: Family) -> None:
         self.trained, self.family = trained, family
-        self.run = replace(trained.run, train=replace(trained.run.train, families=(family,), context_schedule=()))
+        run = trained.run
+        self.run = replace(
+            run,
+            train=replace(run.train, families=(family,), context_schedule=()),
+            data=replace(run.data, weights=replace(run.data.weights, families={})),
+        )
         origins = trained.reader.source_table.origin_keys
         self.samples = TrainingSamples(trained.store.address, self.run, model_config(self.run), origins)
         self.reader = WatchedReader(trained)

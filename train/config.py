@@ -363,7 +363,7 @@ def deepspeed_config(config: RunConfig, world_size: int) -> dict[str, Any]:
     for key in {*ours, *NEVER_IN_MECHANICS} & set(mechanics):
         raise ConfigError(f"{path}: {key} belongs to the run's YAML, not to the engine's mechanics. Remove it there.")
     if config.train.optimizer == "muon":
-        if "offload_optimizer" in mechanics.get("zero_optimization", {}):
+        if mechanics.get("zero_optimization", {}).get("offload_optimizer", {}).get("device", "none") != "none":
             raise ConfigError(
                 f"{path} keeps the optimizer's states off the GPU, where train.optimizer=muon would be slow. "
                 "Use a file of ds_configs/ without offload, or train.optimizer=adamw."

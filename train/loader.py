@@ -62,11 +62,11 @@ class TrainingSamples:
         self._keys = [session_key(entry) for entry in opened.entries]
         spans = self.windows.of_sessions()
         self._sessions: dict[str, Sessions] = {}
-        for mix in ("", *config.data.weights.families):
+        for mix in ("", *sorted(config.data.weights.families)):
             weights = session_weights(opened.entries, config.data.weights, mix)
             self._sessions[mix] = {self._keys[n]: (span, weights[self._keys[n]]) for n, span in spans.items()}
         self.order = self._orders([], 0)
-        for mix in self._sessions:
+        for mix in {turn.mix if turn.mix in self._sessions else "" for turn in config.turns}:
             if not self.order.num_tickets(mix):
                 raise ConfigError(
                     f"{store} has no window of {longest_s} s in the train split whose weight is more than 0"

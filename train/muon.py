@@ -132,7 +132,7 @@ class Muon(torch.optim.AdamW):
         state["exp_avg"].lerp_(flat.grad, 1 - MOMENTUM)
         update = flat.grad.lerp(state["exp_avg"], MOMENTUM)  # Nesterov's
         flat.mul_(1 - lr * weight_decay)
-        matrices = self._matrices.get(flat, [])  # none in the step of zeros that DeepSpeed takes at first
+        matrices = self._matrices[flat]
         for matrix in matrices:
             if not matrix.is_cut:
                 matrix.add_to(flat, orthogonal(matrix.whole(update)), lr)

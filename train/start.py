@@ -147,18 +147,18 @@ def _check_goes_on(before: config.RunConfig, run: config.RunConfig, where: Path)
         )
     if order(before) != order(run):
         raise ConfigError(
-            f"{where} has trained on data in another order: seed, data (but num_workers and bad_windows), and of"
-            " train global_batch_size, families and context_schedule must stay as they were. Give another OUT, or "
-            "leave them as in its config.yaml."
+            f"{where} has trained on data in another order: seed, data (but num_workers and bad_windows, and weights if"
+            " no family has its own), and of train global_batch_size, families and context_schedule must stay as they "
+            "were. Give another OUT, or leave them as in its config.yaml."
         )
 
 
 def order(run: config.RunConfig) -> tuple[object, ...]:
     """All that decides which window, unit and mask stands at which position of a run.
 
-    But for most weights of sessions: new sessions may bring some, and those of others are kept (train/eras.py).
+    But for weights of sessions: new ones may bring some, and those of others are kept (train/eras.py). Where a family
+    has weights of its own, of which eras keep nothing, all stay as they were.
     """
-    data = replace(
-        run.data, num_workers=0, bad_windows="stop", weights=config.Weights(families=run.data.weights.families)
-    )
+    weights = run.data.weights if run.data.weights.families else config.Weights()
+    data = replace(run.data, num_workers=0, bad_windows="stop", weights=weights)
     return run.seed, data, run.train.global_batch_size, run.train.families, run.train.context_schedule
