@@ -130,7 +130,7 @@ def exchanges(job: Job, passes: Passes) -> list[Exchange]:
 
 def _sums(job: Job) -> Exchange:
     """The norm of each group's gradient and of the table's, and a step's row of metrics."""
-    return Exchange("sums of single numbers", 132, 2, "all", rounds=2 * (2 + num_groups(job)))
+    return Exchange("sums of single numbers", 116 + 8 * num_groups(job), 2, "all", rounds=2 * (2 + num_groups(job)))
 
 
 def num_groups(job: Job) -> int:
