@@ -158,13 +158,19 @@ def test_one_rank_has_the_losses_of_two(two_ranks: Path, store: Path, run: RunCo
 
 
 def test_half_precision_trains_like_single(two_ranks: Path, store: Path, run: RunConfig, tmp_path: Path) -> None:
-    """bf16 weights and activations, fp32 masters and rows: the same losses, as far as eight bits go."""
+    """bf16 weights and activations, fp32 masters and rows: the same losses, as far as eight bits go.
+
+    Until something has moved, to half a percent. Then Adam's first steps, which go by the sign of a gradient, carry two
+    runs apart that differ by a rounding, at a pace that depends on the seed (with 5 by 4 % in six steps).
+    """
     half = replace(run, train=replace(run.train, precision="bf16"))
     out = prepare_run(tmp_path / "half", store, half)
     assert train_ranks(out) == 0
-    exact, rounded = losses(two_ranks), losses(out)
+    first = len(run.train.families)
+    exact, rounded = losses(two_ranks)[:first], losses(out)[:first]
     assert exact != rounded
-    assert max(abs(a - b) for a, b in zip(exact, rounded, strict=True)) < 0.02 * max(map(abs, exact))
+    assert abs(exact[0] - rounded[0]) < 0.005 * abs(exact[0])
+    assert max(abs(a - b) for a, b in zip(exact, rounded, strict=True)) < 0.01 * max(map(abs, exact))
     assert {parameter.dtype for parameter in load_trained(out).model.parameters()} == {torch.float32}, "the masters"
 
 
