@@ -244,7 +244,7 @@ class CachedFiles:
     def _kept(self, place: Path, entry: Entry) -> BinaryIO | None:
         try:
             file = open(place, "rb")  # noqa: SIM115 (the caller closes it)
-        except FileNotFoundError:
+        except FileNotFoundError:  # not brought yet, or evicted
             return None
         if os.fstat(file.fileno()).st_size != entry.get("bytes", os.fstat(file.fileno()).st_size):
             file.close()

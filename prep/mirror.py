@@ -255,7 +255,7 @@ class Mirror:
     def _catalog(self) -> tuple[bytes | None, str]:
         try:
             return fetch(f"{self.url}/{CATALOG}")
-        except NotThereError:
+        except NotThereError:  # an empty bucket: this run writes the first one
             return None, ABSENT
 
     def _added_up(self, without: str) -> dict[str, Any]:

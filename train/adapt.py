@@ -25,10 +25,8 @@ from train.support import infer_rows
 from train.trained import ADAPTED, Known, Trained, open_hub
 
 SHOWN_EVERY = 20
-FIT_UNITS, FIT_QUERIES = (
-    256,
-    8192,
-)  # of a window: units are read from each other as they will be asked for, not from a part
+FIT_UNITS = 256  # of a window: each is read from as many others as when it will be asked for
+FIT_QUERIES = 8192
 FIT = OptimConfig(  # what a user asks of a model: activity from all that is known, behaviour, units from each other
     unit_lr=0.03,
     warmup_steps=10,

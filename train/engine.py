@@ -48,14 +48,10 @@ def parameter_groups(model: nn.Module, config: OptimConfig) -> list[dict[str, An
             groups[MATRICES].append(parameter)
         else:
             groups["decay" if len(shape) >= 2 and not name.endswith("_embed") else "no_decay"].append(parameter)
-    scale, decay = {"no_decay": config.vector_lr_scale}, {"no_decay": 0.0}
+    matrices = {"weight_decay": config.weight_decay, "lr": config.lr}
+    vectors = {"weight_decay": 0.0, "lr": config.lr * config.vector_lr_scale}
     return [
-        {
-            "params": parameters,
-            "weight_decay": decay.get(name, config.weight_decay),
-            "lr": config.lr * scale.get(name, 1.0),
-            "name": name,
-        }
+        {"params": parameters, "name": name, **(vectors if name == "no_decay" else matrices)}
         for name, parameters in groups.items()
         if parameters
     ]

@@ -114,7 +114,8 @@ class Orders:
         """
         self._groups = [mix_ if mix_ in sessions else "" for mix_ in turns]
         self._batch_size = batch_size
-        self.state = Order(begun, sessions[""], seed, position).state
+        begun = go_on(begun, sessions[""], position)
+        self.state = [asdict(era) for era in begun]  # for JSON
         self._orders: dict[str, Order] = {}
         for number, (group, own) in enumerate(sessions.items()):
             eras = [
@@ -122,7 +123,7 @@ class Orders:
                     self._place(group, era.first_position),
                     {key: (num, own[key][1]) for key, (num, _) in era.sessions.items()},
                 )
-                for era in eras_from({"eras": self.state})
+                for era in begun
             ]
             self._orders[group] = Order(eras, own, mix(seed, _GROUP + number) if group else seed)
 

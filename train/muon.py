@@ -62,10 +62,10 @@ class Matrix:
             found[self._inside()] = flat[self._place()]
         return found.view(self.shape)
 
-    def add_to(self, flat: Tensor, moved: Tensor, lr: float) -> None:
+    def add_to(self, flat: Tensor, direction: Tensor, lr: float) -> None:
         """Take a step in a buffer, by the part of a direction that is held there."""
         if self.piece is not None:
-            flat[self._place()].add_(moved.reshape(-1)[self._inside()], alpha=-lr * RMS * max(self.shape) ** 0.5)
+            flat[self._place()].add_(direction.reshape(-1)[self._inside()], alpha=-lr * RMS * max(self.shape) ** 0.5)
 
     def _inside(self) -> slice:
         assert self.piece is not None
@@ -85,6 +85,7 @@ def matrices_of(partitions: Partitions) -> list[list[Matrix]]:
     for number, pieces in enumerate(mine):
         holders = [name for other in everybody for name in other[number]]
         names = [name for name in dict.fromkeys(holders) if is_matrix(name, partitions.shapes[name])]
+        names.sort(key=lambda name: math.prod(partitions.shapes[name]))  # those of one size are dealt together
         found.append(
             [
                 Matrix((rows, columns), pieces.get(name), holders.count(name) > 1)
@@ -136,11 +137,12 @@ class Muon(torch.optim.AdamW):
         for matrix in matrices:
             if not matrix.is_cut:
                 matrix.add_to(flat, orthogonal(matrix.whole(update)), lr)
-        cut = sorted((matrix for matrix in matrices if matrix.is_cut), key=lambda matrix: math.prod(matrix.shape))
+        cut = [matrix for matrix in matrices if matrix.is_cut]
         num_ranks = dist.get_world_size() if cut else 1
         for dealt in (cut[first : first + num_ranks] for first in range(0, len(cut), num_ranks)):
-            for matrix, moved in zip(dealt, orthogonal_by_turns([m.whole(update) for m in dealt]), strict=True):
-                matrix.add_to(flat, moved, lr)
+            directions = orthogonal_by_turns([matrix.whole(update) for matrix in dealt])
+            for matrix, direction in zip(dealt, directions, strict=True):
+                matrix.add_to(flat, direction, lr)
 
 
 def orthogonal_by_turns(pieces: list[Tensor]) -> list[Tensor]:

@@ -9,9 +9,9 @@ from pathlib import Path
 HERE = Path(__file__).parent
 sys.path[:0] = [str(HERE.parent), str(HERE.parent.parent)]
 
-from store_builders import build_store  # noqa: E402
+from store_builders import build_store  # noqa: E402  the path comes first
 
-import prep.write_session  # noqa: E402
+import prep.write_session  # noqa: E402  likewise
 
 
 def build(store: Path) -> None:
