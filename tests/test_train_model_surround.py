@@ -72,8 +72,8 @@ def expected(samples: dict[int, float], at: int, is_spikes: bool) -> tuple[list[
     own = []
     for side in (before, behind):
         means = [sum(side(span)) / max(1, len(side(span))) for span in (OWN_SPANS if is_spikes else OWN_TRACE_SPANS)]
-        own += [bent(x) for x in means] if is_spikes else [means[0], *(b - a for a, b in pairwise(means))]
-    own += [0.0 if is_spikes else bent(x) for x in own]
+        own += means if is_spikes else [means[0], *(b - a for a, b in pairwise(means))]
+    own = [bent(x) for x in own] + [0.0 if is_spikes else x - bent(x) for x in own]
     gaps = [NUM_TIMES if last is None else at - last] * len(OWN_SPANS)
     gaps += [NUM_TIMES if after is None else after - at] * len(OWN_SPANS)
     gaps *= 2

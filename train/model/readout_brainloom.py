@@ -39,7 +39,7 @@ class BrainloomReadout(nn.Module):
         self.source_layernorm = BrainloomRMSNorm(size, config.rms_norm_eps)
         self.weight_proj = BrainloomQuietLinear(size, self.num_readouts * 3 * size, bias=False)
         self.bias_proj = BrainloomZeroLinear(size, self.num_readouts)
-        self.own_proj = BrainloomZeroLinear(size, NUM_MOMENTS * NUM_OWN, bias=False)
+        self.self_proj = BrainloomZeroLinear(size, NUM_MOMENTS * NUM_OWN, bias=False)
         self.decay_proj = BrainloomZeroLinear(size, 1) if config.likelihoods["traces"] == "calcium" else None
         self.step_s = 1 / config.readout_hz
 
@@ -68,7 +68,7 @@ class BrainloomReadout(nn.Module):
             own_BSGO = None if own_BSGO is None else torch.where(has_fold, 0.0, own_BSGO)
         out: Tensor = readout + self.bias_proj(source_BSD)[:, :, None]
         if own_BSGO is not None:
-            own_weight = self.own_proj(source_BSD).unflatten(-1, (NUM_MOMENTS, NUM_OWN))
+            own_weight = self.self_proj(source_BSD).unflatten(-1, (NUM_MOMENTS, NUM_OWN))
             own = torch.einsum("bsro,bsgo->bsgr", own_weight, own_BSGO)
             out = out + F.pad(own, (0, self.num_readouts - NUM_MOMENTS))
         if self.decay_proj is None:

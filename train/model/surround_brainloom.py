@@ -23,7 +23,7 @@ NUM_SUMS = 3 * len(SPANS)  # before, after, both
 OWN_SPANS = (1, 3, 8, 60)  # what a source of counts says of itself
 OWN_TRACE_SPANS = (1, 5, 20, 75)  # and any other source: as close to every single sample as four spans come
 DECAYS_S = (0.1, 0.5)  # how what a source says of itself fades with its distance; and not at all
-NUM_OWN = 2 * 2 * len(OWN_SPANS) * (1 + len(DECAYS_S))  # of past and future, as it is and bent
+NUM_OWN = 2 * 2 * len(OWN_SPANS) * (1 + len(DECAYS_S))  # of past and future, bent and what bending takes away
 EDGE = 1e-3  # of a step: a sample at the edge of two steps is in the later one, whatever is rounded
 
 
@@ -101,8 +101,9 @@ def surround(
     own_lengths = own_length.long()[:, :, None].unbind(-1)
     means = torch.cat(spans(total, own_lengths), -1) / torch.cat(spans(count, own_lengths), -1).clamp(min=1)
     is_counted = is_counted_BS[..., None, None]
-    level = torch.where(is_counted, bent(means), changes(means))
-    own = torch.cat([level, torch.where(is_counted, 0.0, bent(level))], -1)  # counts are bent already
+    level = torch.where(is_counted, means, changes(means))
+    low = bent(level)
+    own = torch.cat([low, torch.where(is_counted, 0.0, level - low)], -1)  # what bending takes away, of no count
     fade = torch.exp(-gap[..., None, :] / readout_hz / gap.new_tensor(DECAYS_S)[:, None])  # (B, S, G, decays, 2)
     fade = torch.cat([torch.ones_like(fade[..., :1, :]), fade], -2).repeat_interleave(len(OWN_SPANS), -1)
     own = (own[..., None, :] * torch.cat([fade, fade], -1)).flatten(-2)
