@@ -170,7 +170,7 @@ def source_task(file: InputFile) -> Sources:
 def look_ahead_task(planner: Planner, file: InputFile, recipe: Any, root: Path, run: str, kind: str) -> Looks:
     """Take the looks of one kind that the plan of a file will need. What is wrong with the file, the plan says."""
     looks = Looks(stamp=_stamps(file.paths), left=frozenset(KINDS) - {kind})
-    with contextlib.suppress(PrepError), knowing(looks), _writing(root, run):
+    with contextlib.suppress(PrepError), knowing(looks), _writing(root, run):  # said by the plan
         planner(file.paths, recipe, file.dataset_id)
     return looks
 

@@ -40,7 +40,7 @@ def below(pid: int) -> Iterator[int]:
 
 def kill(pid: int) -> None:
     """At once, if it has not ended by itself."""
-    with contextlib.suppress(ProcessLookupError):
+    with contextlib.suppress(ProcessLookupError):  # it has ended
         os.kill(pid, signal.SIGKILL)
 
 

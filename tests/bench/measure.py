@@ -58,7 +58,7 @@ def measured() -> Iterator[Parts]:
 
 def peak_mb(pid: int) -> float:
     """Largest resident memory so far (VmHWM; mapped files count) in MB; 0 where the process is gone."""
-    with contextlib.suppress(OSError):
+    with contextlib.suppress(OSError):  # it has ended
         for line in Path(f"/proc/{pid}/status").read_text().splitlines():
             if line.startswith("VmHWM"):
                 return int(line.split()[1]) * 1024 / 1e6
