@@ -8,8 +8,6 @@ import uuid
 from pathlib import Path
 from typing import Any, Protocol
 
-from torch.utils.tensorboard import SummaryWriter
-
 from prep.settings import ConfigError
 from train.config import RunConfig
 
@@ -30,6 +28,8 @@ class TensorBoard:
     """Event files in `tensorboard/`; what an interrupted run wrote after its checkpoint is hidden."""
 
     def __init__(self, run_dir: Path, first_step: int) -> None:
+        from torch.utils.tensorboard import SummaryWriter  # half a second: only for whoever writes
+
         self._writer = SummaryWriter(str(run_dir / "tensorboard"), purge_step=first_step)
 
     def write(self, step: int, numbers: Numbers) -> None:

@@ -20,7 +20,7 @@ import torch.distributed as dist
 
 from prep.settings import ConfigError
 from prep.store import Store
-from train import chance, checkpoint, compiled, config, start
+from train import chance, checkpoint, compiled, config, pretrained, start
 from train.build import model_config
 from train.config import RunConfig
 from train.engine import Engine
@@ -88,8 +88,9 @@ def train(run_dir: Path, run: RunConfig, resume: str, peers: Peers, heart: Heart
     heart.enter("engine")
     deepspeed.init_distributed("nccl" if torch.cuda.is_available() else "gloo", verbose=False)
     chance.seed_everything(run.seed)
-    engine = Engine(run, SourceTable(store).keys, world_size)
-    first_step = _resume(engine, run_dir, resume, samples)
+    sources = SourceTable(store)
+    engine = Engine(run, sources.keys, world_size)
+    first_step = _resume(engine, run_dir, resume, samples, sources)
     heart.enter("self_check")
     peers.agree({"start": [f"step {first_step}"], "weights": weights(engine.model, deepspeed.zero.GatheredParameters)})
     engine.timer.on_phase = heart.enter
@@ -159,7 +160,7 @@ def _rewind(engine: Engine, saver: Saver, begun: int) -> int | None:
     return found.step
 
 
-def _resume(engine: Engine, run_dir: Path, resume: str, samples: TrainingSamples) -> int:
+def _resume(engine: Engine, run_dir: Path, resume: str, samples: TrainingSamples, sources: SourceTable) -> int:
     root = run_dir / "checkpoints"
     found, passed_over = checkpoint.newest_of_all_ranks(root) if resume != "never" else (None, [])
     for reason in passed_over:
@@ -169,6 +170,11 @@ def _resume(engine: Engine, run_dir: Path, resume: str, samples: TrainingSamples
             raise checkpoint.CheckpointError(
                 f"{root} has no sealed checkpoint, and --resume must was given. Check OUT, or leave --resume out."
             )
+        hub = start.origin_of(run_dir, "hub")
+        if hub is not None:
+            rows = pretrained.begin(engine, hub, sources)
+            _say(f"starting with the weights of {hub} ({rows} of {len(sources)} unit rows)")
+            return 0
         origin = start.origin_of(run_dir)
         if origin is None:
             _say("starting from step 0")

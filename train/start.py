@@ -1,7 +1,7 @@
 """`python -m train train`: prepare the run folder, then start the ranks of the hostfile.
 
-In: a run's YAML, a store, a hostfile; for a branch, a checkpoint of another run. Out: runs/<name>/ with the resolved
-configuration, and the launcher's exit code.
+In: a run's YAML, a store, a hostfile; for a branch, a checkpoint of another run; for fine-tuning, a hub folder. Out:
+runs/<name>/ with the resolved configuration, and the launcher's exit code.
 """
 
 import argparse
@@ -28,7 +28,14 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", type=Path, required=True, help="run folder; a run that is there goes on")
     parser.add_argument("--hostfile", type=Path, required=True, help="made by `make hostfile`")
     parser.add_argument("--resume", choices=["auto", "must", "never"], default="auto")
-    parser.add_argument(
+    begins = parser.add_mutually_exclusive_group()
+    begins.add_argument(
+        "--hub",
+        type=Path,
+        metavar="FOLDER",
+        help="a new run that begins with the weights of a hub folder, and with its rows of sources that it knows",
+    )
+    begins.add_argument(
         "--from",
         type=Path,
         dest="origin",
@@ -69,7 +76,11 @@ def main(args: argparse.Namespace) -> int:
         print("".join(f"spare: {host.name}\n" for host in hosts[len(used) :]), end="")
         return 0
     run, origin = branch(run, args.origin, args.out) if args.origin else (run, None)
-    prepare(run, store, args.out, args.resume, origin)
+    if args.hub is not None:
+        from train import pretrained  # seconds: only where a run begins with a hub folder
+
+        pretrained.check(args.hub, run)
+    prepare(run, store, args.out, args.resume, origin, args.hub)
     if len(hosts) == 1:
         return launch.launch(hosts, command, args.out / "logs", os.environ)
     terms = Terms(num_nodes=len(used), max_restarts=args.max_restarts, fits=lambda ranks: fits(run, ranks))
@@ -110,14 +121,21 @@ def branch(run: config.RunConfig, start: Path, out: Path) -> tuple[config.RunCon
     return replace(run, train=replace(run.train, num_steps=num_steps)), origin
 
 
-def origin_of(out: Path) -> Path | None:
-    """The checkpoint of another run that a run began with."""
+def origin_of(out: Path, kind: str = "origin") -> Path | None:
+    """The checkpoint of another run that a run began with; or, of the kind "hub", the hub folder."""
     path = out / "run.json"
-    origin = json.loads(path.read_text()).get("origin") if path.exists() else None
+    origin = json.loads(path.read_text()).get(kind) if path.exists() else None
     return None if origin is None else Path(origin)
 
 
-def prepare(run: config.RunConfig, store: Store, out: Path, resume: str = "auto", origin: Path | None = None) -> None:
+def prepare(
+    run: config.RunConfig,
+    store: Store,
+    out: Path,
+    resume: str = "auto",
+    origin: Path | None = None,
+    hub: Path | None = None,
+) -> None:
     """Write the resolved configuration; a run that is there may go on longer, but not become another model."""
     out.mkdir(parents=True, exist_ok=True)
     path = out / "config.yaml"
@@ -127,11 +145,17 @@ def prepare(run: config.RunConfig, store: Store, out: Path, resume: str = "auto"
             f"{out} holds checkpoints, and --resume never would mix two runs in one folder. "
             "Give another OUT, or remove that one."
         )
+    begun_with = origin_of(out, "hub")
     if path.exists() and has_checkpoints:
         _check_goes_on(config.load(path), run, out)
+        if hub is not None and hub.resolve() != begun_with:
+            raise ConfigError(
+                f"{out} holds a run that began with {begun_with or 'weights of its own'}, not with {hub.resolve()}. "
+                "Give another OUT, or leave --hub out: the run goes on from its checkpoint."
+            )
     run.save(path)
-    origin = origin or origin_of(out)
-    content = {"store": store.address, "origin": None if origin is None else str(origin)}
+    begins = {"origin": origin or origin_of(out), "hub": hub.resolve() if hub else begun_with}
+    content = {"store": store.address, **{kind: place and str(place) for kind, place in begins.items()}}
     (out / "run.json").write_text(json.dumps(content, indent=1))
 
 
