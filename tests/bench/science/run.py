@@ -18,18 +18,19 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import torch
-from bench.science import brainloom, peer, protocol, results, synthetic, windows
+from bench.science import brainloom, peer, pretrain, protocol, results, synthetic, windows
 from bench.science.baselines import BASELINES, pairs
 from bench.science.brainloom import ROOT, TASKS, Hub
 from bench.science.recordings import NUM_FOLDS, Recording, read
 
-OURS, POYO = "Brainloom", "POYO"
+OURS, PRETRAINED, POYO = "Brainloom", "Brainloom, pretrained", "POYO"
 FIGURES = {  # kind of task: what is shown, and whether more is better
     "hd": {"mdae_deg": False, "r2_circ": True},
     "cosmooth": {"bps_train": True},
     "forecast": {"bps_train": True, "bps_train_300-500ms": True},
     "forecast_ca": {"skill_vs_persistence": True},
 }
+WORK = {OURS: "work", PRETRAINED: "work-pretrained"}
 LIBRARIES = ("torch", "transformers", "deepspeed", "numpy", "zarr")
 
 
@@ -81,21 +82,21 @@ def run_baselines(bench: Bench, fold: int | None) -> None:
         say(f"{bench.recording.name} {label(fold)}: {name} {task}")
 
 
-def run_ours(bench: Bench, fold: int | None) -> None:
+def run_ours(bench: Bench, fold: int | None, name: str = OURS, overrides: tuple[str, ...] = ()) -> None:
     """One checkpoint of one split, asked for every task."""
     tasks = TASKS[bench.recording.name]
-    missing = [task for task in tasks if not bench.known(OURS, task, fold)]
+    missing = [task for task in tasks if not bench.known(name, task, fold)]
     if not missing:
         return
-    began, folder = time.perf_counter(), bench.out / label(fold) / "work"
+    began, folder = time.perf_counter(), bench.out / label(fold) / WORK[name]
     hub = folder / "hub"
     if not (hub / "config.json").exists():
-        brainloom.train(bench.file, bench.recording, fold, folder)
+        brainloom.train(bench.file, bench.recording, fold, folder, overrides)
     loaded = Hub.load(hub)
     for task in missing:
         query = protocol.queries(bench.recording, task, "test", fold)
-        bench.keep(OURS, task, fold, brainloom.predict(loaded, bench.recording, task, query))
-    say(f"{bench.recording.name} {label(fold)}: {OURS} in {time.perf_counter() - began:.0f} s")
+        bench.keep(name, task, fold, brainloom.predict(loaded, bench.recording, task, query))
+    say(f"{bench.recording.name} {label(fold)}: {name} in {time.perf_counter() - began:.0f} s")
 
 
 def run_poyo(bench: Bench, fold: int | None) -> None:
@@ -123,7 +124,9 @@ def section(benches: list[Bench], folds: list[int]) -> str:
         "# Real recordings, by the fixed protocol",
         *origin(),
         "Brainloom: one checkpoint per recording and split, trained on the split's train blocks alone, asked as a hub "
-        "folder (tests/bench/science/*.yaml; seed 0). MLP, GRU: a network per task (seed 0), and the mean of three. "
+        "folder (tests/bench/science/*.yaml; seed 0). Pretrained: the same, from the weights of a model of a synthetic "
+        "brain and six other recordings (pretraining.yaml). MLP, GRU: a network per task (seed 0), and the mean of "
+        "three. "
         f"POYO: {peer.POYO.unfair}. Intervals are of 95 %, over resampled segments of contiguous windows.",
     ]
     return "\n\n".join(head + [part for bench in benches for part in recording_parts(bench, folds)]) + "\n"
@@ -132,9 +135,11 @@ def section(benches: list[Bench], folds: list[int]) -> str:
 def recording_parts(bench: Bench, folds: list[int]) -> list[str]:
     """Tables of one recording."""
     parts = [f"## {bench.recording.name}", size_of(bench), results.table(*main_table(bench))]
-    parts += ["Brainloom minus the other, on the same windows:", results.table(*paired_table(bench, None))]
-    if folds == list(range(NUM_FOLDS)):
-        parts += ["The same over five contiguous folds, pooled:", results.table(*paired_table(bench, folds))]
+    for ours in [name for name in (OURS, PRETRAINED) if any(name == other for other, _, _ in bench.found)]:
+        parts += [f"{ours} minus the other, on the same windows:", results.table(*paired_table(bench, None, ours))]
+        if folds == list(range(NUM_FOLDS)):
+            pooled = results.table(*paired_table(bench, folds, ours))
+            parts += ["The same over five contiguous folds, pooled:", pooled]
     return parts
 
 
@@ -165,26 +170,28 @@ def main_table(bench: Bench) -> tuple[list[str], list[list[str]]]:
     return ["task", "model", "figure", "test", "95 %"], rows
 
 
-def paired_table(bench: Bench, folds: list[int] | None) -> tuple[list[str], list[list[str]]]:
+def paired_table(bench: Bench, folds: list[int] | None, ours: str) -> tuple[list[str], list[list[str]]]:
     """Differences, with who is better where the interval leaves out zero."""
     rows = []
     for task in TASKS[bench.recording.name]:
-        for model in [name for name in models_of(bench, task, folds) if name != OURS]:
+        for model in [name for name in models_of(bench, task, folds) if name != ours]:
             for name, more in FIGURES[protocol.KINDS[task]].items():
-                value, low, high = difference(bench, task, model, folds)[name]
+                value, low, high = difference(bench, task, (ours, model), folds)[name]
                 better = low > 0 if more else high < 0
                 worse = high < 0 if more else low > 0
-                verdict = "Brainloom" if better else model if worse else "not separable"
+                verdict = ours if better else model if worse else "not separable"
                 rows.append([task, model, name, f"{value:+.3f}", f"{low:+.3f} to {high:+.3f}", verdict])
     return ["task", "against", "figure", "difference", "95 %", "better"], rows
 
 
-def difference(bench: Bench, task: str, model: str, folds: list[int] | None) -> dict[str, tuple[float, float, float]]:
-    """Ours minus the other's."""
+def difference(
+    bench: Bench, task: str, pair: tuple[str, str], folds: list[int] | None
+) -> dict[str, tuple[float, float, float]]:
+    """The first's minus the other's."""
     if folds is None:
-        ours, theirs = (bench.found[name, task, None] for name in (OURS, model))
+        ours, theirs = (bench.found[name, task, None] for name in pair)
         return protocol.compare(bench.recording, task, ours, theirs)
-    of_ours, of_theirs = ([bench.found[name, task, fold] for fold in folds] for name in (OURS, model))
+    of_ours, of_theirs = ([bench.found[name, task, fold] for fold in folds] for name in pair)
     return protocol.compare_folds(bench.recording, task, of_ours, of_theirs)
 
 
@@ -222,6 +229,9 @@ def main() -> None:
         for fold in [None, *args.folds]:
             run_baselines(bench, fold)
             run_ours(bench, fold)
+            if name in pretrain.ASKED:
+                hub = pretrain.pretrained(folder, args.out)
+                run_ours(bench, fold, PRETRAINED, ("--hub", str(hub)))
             if not args.no_poyo:
                 run_poyo(bench, fold)
         for task in TASKS[name]:
