@@ -8,11 +8,14 @@ from typing import Any
 
 import numpy as np
 import pytest
-from bench.science import brainloom, protocol
+from bench.science import brainloom, pretrain, protocol
 from bench.science.brainloom import SEEN_S, predict, recipe
 from bench.science.recordings import Recording
 
+from train import config
+from train.build import model_config
 from train.model.processing_brainloom import BrainloomProcessor, Stream
+from train.pretrained import differing
 
 NUM_UNITS, PERIOD_S = 7, 100.0
 ADMITTED = {"hd_acausal": (-0.5, 0.5), "hd_causal": (-1.0, 0.0), "cosmooth": (-0.5, 0.5), "forecast": (-1.5, 0.0)}
@@ -109,3 +112,9 @@ def test_the_recipe_has_the_blocks_of_the_split(fold: int | None) -> None:
     for split, parts in recording.blocks(fold).items():
         assert [(p["start_s"], p["stop_s"]) for p in pieces if p["label"] == split] == parts
     assert "exclude" not in recipe(replace(recording, heading=np.zeros(0)), fold)
+
+
+def test_a_pretrained_model_is_of_the_architecture_that_is_fine_tuned() -> None:
+    before = model_config(config.load(pretrain.RUN))
+    for name in pretrain.ASKED:
+        assert not differing(before, model_config(config.load(brainloom.HERE / brainloom.RUNS[name]))), name

@@ -6,7 +6,7 @@ of sources that the folder knows; moments are zero. Rows of other sources are dr
 
 import inspect
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
@@ -63,9 +63,7 @@ def check(hub: Path, run: RunConfig) -> None:
     """
     weights = Weights(hub)
     theirs, ours = BrainloomConfig.from_pretrained(hub), model_config(run)
-    keys = [key for key in inspect.signature(BrainloomConfig).parameters if key not in {*OWN, "kwargs"}]
-    odd = [key for key in keys if _plain(getattr(theirs, key)) != _plain(getattr(ours, key))]
-    if odd:
+    if odd := differing(theirs, ours):
         described = ", ".join(f"{key} {getattr(theirs, key)} (here {getattr(ours, key)})" for key in odd)
         raise ConfigError(
             f"{hub} holds another model than this run's: {described}. Set these keys under model.overrides of the run, "
@@ -82,8 +80,10 @@ def check(hub: Path, run: RunConfig) -> None:
         )
 
 
-def _plain(value: Any) -> Any:
-    return list(value) if isinstance(value, tuple) else value
+def differing(theirs: BrainloomConfig, ours: BrainloomConfig) -> list[str]:
+    """Keys of the architecture in which two configurations differ."""
+    keys = [key for key in inspect.signature(BrainloomConfig).parameters if key not in {*OWN, "kwargs"}]
+    return [key for key in keys if getattr(theirs, key) != getattr(ours, key)]
 
 
 def begin(engine: "Engine", hub: Path, sources: SourceTable) -> int:
