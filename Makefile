@@ -52,7 +52,7 @@ test-all: .venv/installed  ## every test, the slow ones too
 bench: .venv/installed  ## prep against the limit and its peers -> tests/bench/RESULTS.md (half an hour, 10 GB of temporary files)
 	$(PY) -W ignore tests/bench/run.py $(ARGS)
 
-bench-science: .venv/installed  ## Brainloom on real recordings beside regressions, networks and POYO -> tests/bench/RESULTS.md (an hour)
+bench-science: .venv/installed  ## Brainloom on real recordings beside regressions, networks and POYO -> tests/bench/RESULTS.md (three hours)
 	$(PY) -W ignore tests/bench/science/run.py $(ARGS)
 
 bench-gpu: .venv/installed  ## what the 300m and 1b models make of one GPU, in bf16 and compiled -> tests/bench/RESULTS.md

@@ -24,12 +24,14 @@ from prep.ceiling import save_references
 from prep.store import Store
 from prep.synthetic import Session, references, synthesize, write_session
 from train import config, evaluate
+from train.metrics import deviances
 from train.trained import load_trained
 
 TRAIN_SEED, NEW_SEED = 0, 1000
 RUN = ROOT / "train" / "configs" / "synthetic.yaml"
 NUM_SEEN = 80  # of a spike session's units; the others are never trained on
 NUM_WINDOWS = 60  # per session
+NUM_RESAMPLES = 1000
 FIT_STEPS = 200
 SCALING_STEPS = 400
 LONG_S, NEW_S = 1800.0, 600.0
@@ -153,14 +155,26 @@ def score(run: Path, part: Path, only: np.ndarray | None = None, references: dic
             if row.task.family not in SHOWN or not row.has_ceiling:
                 continue
             if only is not None:
-                row.parts = [kept(part, only) for part in row.parts]
-            if not sum(len(each["truth"]) for each in row.parts):
+                row.parts = [part for each in row.parts if len((part := kept(each, only))["truth"])]
+            if not row.parts:
                 continue
             figures = row.summary()
             key = (figures["modality"], figures["task"], "+".join(figures["visible"]))
             found.setdefault(key, {})["model"] = figures["deviance_explained"]
             found[key][name] = figures["ceiling"]
+            if name == "linear":
+                found[key]["ahead"] = ahead(row)
     return found
+
+
+def ahead(row: evaluate.Row) -> tuple[float, float]:
+    """By how much more the model explains than the reference: an interval of 95 %, over resampled windows."""
+    columns = ("prediction", "reference", "null")
+    sums = [[deviances(row.task.modality, part["truth"], part[name]).sum() for name in columns] for part in row.parts]
+    model, other, null = np.array(sums).T
+    drawn = np.random.default_rng(0).integers(len(null), size=(NUM_RESAMPLES, len(null)))
+    low, high = np.percentile((other - model)[drawn].sum(1) / null[drawn].sum(1), (2.5, 97.5))
+    return float(low), float(high)
 
 
 def kept(part: dict[str, np.ndarray], only: np.ndarray) -> dict[str, np.ndarray]:
@@ -207,7 +221,8 @@ def lines(group: str, found: dict[tuple[str, str, str], dict[str, Any]]) -> list
         ceiling, ours, other = figures.get("ceiling"), figures["model"], figures.get("linear")
         share = [f"{ours / ceiling:.0%}" if ceiling else "-", f"{other / ceiling:.0%}" if ceiling and other else "-"]
         numbers = [f"{x:.3f}" if x is not None else "-" for x in (ours, other, ceiling)]
-        out.append([group, modality, task, visible, *numbers, *share])
+        interval = "{:+.3f} to {:+.3f}".format(*figures["ahead"]) if "ahead" in figures else "-"
+        out.append([group, modality, task, visible, *numbers, *share, interval])
     return out
 
 
@@ -221,6 +236,7 @@ HEAD = [
     "ceiling",
     "Brainloom / ceiling",
     "linear / ceiling",
+    "Brainloom - linear, 95 %",
 ]
 
 
@@ -285,5 +301,5 @@ subjects: {len(NEW)} sessions of {NEW_S:.0f} s, seed {NEW_SEED}, with a brain an
 Explained: D2 of counts, R2 of traces and behaviour, on the test split. Ceiling: the best that anybody
 can do who knows the brain; exact for encoding, a bound that nobody reaches for the rest. Linear:
 Poisson GLM and ridge on lags (tests/bench/science/linear.py), fitted on the same session's train split,
-asked for the same samples. Inferred: rows from that train split, nothing trained. Fitted: then
-{FIT_STEPS} steps of rows alone."""
+asked for the same samples; intervals over resampled windows. Inferred: rows from that train split,
+nothing trained. Fitted: then {FIT_STEPS} steps of rows alone."""
