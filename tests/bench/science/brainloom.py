@@ -6,6 +6,7 @@ What may be seen is cut from the recording's own times, exactly: bins and frames
 admits, and the hub folder is given nothing else.
 """
 
+import os
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -32,10 +33,10 @@ TASKS = {
 }
 
 
-def call(*arguments: str | Path) -> None:
+def call(*arguments: str | Path, **environment: str) -> None:
     """One command of the project; what it printed is in the error when it fails."""
     command = [sys.executable, "-m", *map(str, arguments)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env={**os.environ, **environment})
     if done.returncode:
         raise RuntimeError(
             f"{' '.join(command)} ended with {done.returncode}:\n{done.stdout[-3000:]}{done.stderr[-3000:]}"
