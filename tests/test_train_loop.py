@@ -151,6 +151,7 @@ def test_zero_3_on_two_ranks_is_plain_pytorch_in_one_process(two_ranks: Path, st
     assert len({round(loss, 4) for loss in plain}) > 1, "a loss that does not move would prove nothing"
 
 
+@pytest.mark.slow  # for five steps, tests/test_train_validation.py shows it
 def test_one_rank_has_the_losses_of_two(two_ranks: Path, store: Path, run: RunConfig, tmp_path: Path) -> None:
     out = prepare_run(tmp_path / "one", store, run)
     assert train_ranks(out, slots=1) == 0
@@ -296,7 +297,7 @@ def test_a_signal_to_the_launcher_saves_and_the_run_goes_on_identically(
 def test_resume_must_without_a_checkpoint_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(checkpoint, "newest_of_all_ranks", checkpoint.newest)
     with pytest.raises(CheckpointError, match=r"has no sealed checkpoint, and --resume must was given. Check OUT"):
-        loop._resume(None, tmp_path, "must", None)
+        loop._resume(None, tmp_path, "must", None, None)
 
 
 def test_a_run_that_is_there_does_not_become_another_model(two_ranks: Path, store: Path, run: RunConfig) -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from train_builders import ROOT, handmade_run, moved_trained, tiny_run, tiny_store, train_several, with_small_threshold
+from train_builders import ROOT, handmade_run, moved_trained, tiny_run, tiny_store, train_ranks, with_small_threshold
 
 from prep.settings import ConfigError
 from prep.store import Store
@@ -52,30 +52,41 @@ def changed(run: RunConfig, **overrides: object) -> RunConfig:
     return replace(run, model=ModelConfig(overrides={**run.model.overrides, **overrides}))
 
 
-def test_two_ranks_begin_with_its_weights_and_rows_to_the_last_bit(trained: Trained, hub: Path, tmp_path: Path) -> None:
-    """Also where another optimizer has cut them another way; dropout and the loss's weights may be others."""
-    store = Store(trained.store.address)
-    anew = changed(STILL, hidden_dropout=0.1, modality_weights={"spikes": 3.0})
-    by_muon = replace(
-        anew, ds_config=str(ROOT / "ds_configs" / "zero1.json"), train=replace(anew.train, optimizer="muon")
-    )
-    runs = {"zero3": with_small_threshold(anew, tmp_path), "zero1": by_muon}
-    for name, run in runs.items():
-        check(hub, run)
-        start.prepare(run, store, tmp_path / name, hub=hub)
-    assert train_several([tmp_path / name for name in runs]) == 0
-    said = (tmp_path / "zero3" / "logs" / "rank-00000.log").read_text()
+def begins_with(trained: Trained, hub: Path, out: Path, run: RunConfig) -> None:
+    """Two ranks begin with what the folder has, to the last bit."""
+    check(hub, run)
+    start.prepare(run, Store(trained.store.address), out, hub=hub)
+    assert train_ranks(out) == 0
     num_rows = len(trained.table.keys)
+    said = (out / "logs" / "rank-00000.log").read_text()
     assert f"starting with the weights of {hub} ({num_rows - NUM_UNKNOWN} of {num_rows} unit rows)" in said
-    for name in runs:
-        found = load_trained(tmp_path / name)
-        for key, parameter in trained.model.named_parameters():
-            assert torch.equal(found.model.get_parameter(key), parameter), (name, key)
-        row = {key: number for number, key in enumerate(found.table.keys)}
-        here = torch.tensor([row[key] for key in trained.table.keys])
-        fresh, known = found.table.weight[here].split([NUM_UNKNOWN, num_rows - NUM_UNKNOWN])
-        assert torch.equal(known, trained.table.weight[NUM_UNKNOWN:]), name
-        assert torch.equal(fresh, initial_rows(trained.table.keys[:NUM_UNKNOWN], fresh.shape[1])), name
+    found = load_trained(out)
+    for key, parameter in trained.model.named_parameters():
+        assert torch.equal(found.model.get_parameter(key), parameter), key
+    row = {key: number for number, key in enumerate(found.table.keys)}
+    here = torch.tensor([row[key] for key in trained.table.keys])
+    fresh, known = found.table.weight[here].split([NUM_UNKNOWN, num_rows - NUM_UNKNOWN])
+    assert torch.equal(known, trained.table.weight[NUM_UNKNOWN:])
+    assert torch.equal(fresh, initial_rows(trained.table.keys[:NUM_UNKNOWN], fresh.shape[1]))
+
+
+def test_two_ranks_begin_with_its_weights_and_rows(trained: Trained, hub: Path, tmp_path: Path) -> None:
+    """Dropout and the loss's weights may be others."""
+    anew = changed(STILL, hidden_dropout=0.1, modality_weights={"spikes": 3.0})
+    begins_with(trained, hub, tmp_path / "run", with_small_threshold(anew, tmp_path))
+
+
+@pytest.mark.slow
+def test_so_they_do_where_another_optimizer_has_cut_them_another_way(
+    trained: Trained, hub: Path, tmp_path: Path
+) -> None:
+    muon = replace(STILL.train, optimizer="muon")
+    begins_with(
+        trained,
+        hub,
+        tmp_path / "run",
+        replace(STILL, ds_config=str(ROOT / "ds_configs" / "zero1.json"), train=muon),
+    )
 
 
 @pytest.mark.parametrize(

@@ -209,7 +209,8 @@ def one_rank(tmp_path_factory: pytest.TempPathFactory, store: Path, run: RunConf
     return out
 
 
-def test_one_rank_scores_as_two_do(two_ranks: Path, one_rank: Path) -> None:
+def test_one_rank_has_the_losses_of_two_and_scores_as_they_do(two_ranks: Path, one_rank: Path) -> None:
+    assert max(abs(a - b) for a, b in zip(losses(one_rank), losses(two_ranks), strict=True)) < 1e-5
     rows, expected = read_rows(one_rank / VALIDATION), read_rows(two_ranks / VALIDATION)
     assert [row["step"] for row in rows] == [row["step"] for row in expected] == [2, 4, 5]
     for row, other in zip(rows, expected, strict=True):
