@@ -27,8 +27,8 @@ def pretrained(recordings: Path, out: Path) -> Path:
     if (hub / "config.json").exists():
         return hub
     brain = synthetic.make(out / "synthetic" / "long", synthetic.LONG_S, with_others=False)
-    there = [recordings / name for name in OTHERS if (recordings / name).exists()]
-    call("prep", "ingest", brain.seen / "nwb", *there, "--out", store, "--dataset", "pretraining", "--workers", "1")
+    others = [recordings / name for name in OTHERS]
+    call("prep", "ingest", brain.seen / "nwb", *others, "--out", store, "--dataset", "pretraining", "--workers", "1")
     call("train", "hostfile", "--nodes", "localhost", "--slots", "1", "--out", hosts)
     call("train", "train", "--config", RUN, "--store", store, "--out", hub.parent / "run", "--hostfile", hosts)
     call("train", "export", hub.parent / "run", "--hub", hub)
