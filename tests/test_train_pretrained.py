@@ -139,3 +139,20 @@ def test_a_run_that_is_there_does_not_begin_anew_with_a_hub_folder(trained: Trai
     start.prepare(STILL, store, tmp_path / "run", hub=hub)
     start.prepare(STILL, store, tmp_path / "run")
     assert start.origin_of(tmp_path / "run", "hub") == hub.resolve(), "the same command, and one without it, go on"
+
+
+def test_the_same_command_goes_on_where_the_hub_folder_is_gone(
+    trained: Trained, hub: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    began = shutil.copytree(hub, tmp_path / "hub")
+    handmade_run(tmp_path / "run", Path(trained.store.address), STILL)
+    content = json.loads((tmp_path / "run" / "run.json").read_text())
+    (tmp_path / "run" / "run.json").write_text(json.dumps({**content, "hub": str(began.resolve())}))
+    shutil.rmtree(began)
+    STILL.save(tmp_path / "run.yaml")
+    (tmp_path / "hostfile").write_text("localhost slots=1\n")
+    launched: list[object] = []
+    monkeypatch.setattr(start.launch, "launch", lambda *given: launched.append(given) or 0)
+    command = ["train", "--config", str(tmp_path / "run.yaml"), "--store", trained.store.address]
+    command += ["--out", str(tmp_path / "run"), "--hostfile", str(tmp_path / "hostfile"), "--hub", str(began)]
+    assert main(command) == 0 and len(launched) == 1

@@ -76,7 +76,7 @@ def main(args: argparse.Namespace) -> int:
         print("".join(f"spare: {host.name}\n" for host in hosts[len(used) :]), end="")
         return 0
     run, origin = branch(run, args.origin, args.out) if args.origin else (run, None)
-    if args.hub is not None:
+    if args.hub is not None and not any((args.out / "checkpoints").glob("step-*")):  # else it goes on without it
         from train import pretrained  # seconds: only where a run begins with a hub folder
 
         pretrained.check(args.hub, run)
