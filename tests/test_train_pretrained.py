@@ -123,9 +123,10 @@ def test_a_folder_without_a_model_is_refused_before_anything_starts(
     STILL.save(tmp_path / "run.yaml")
     command = ["train", "--config", str(tmp_path / "run.yaml"), "--store", trained.store.address]
     command += ["--out", str(tmp_path / "out"), "--hostfile", str(hosts), "--hub", str(tmp_path)]
-    assert main(command) == 2
-    assert f"{tmp_path} is no hub folder" in capsys.readouterr().err
-    assert not (tmp_path / "out").exists()
+    for more in ([], ["--dry-run"]):
+        assert main([*command, *more]) == 2
+        assert f"{tmp_path} is no hub folder: it has no config.json" in capsys.readouterr().err
+        assert not (tmp_path / "out").exists()
 
 
 def test_a_run_that_is_there_does_not_begin_anew_with_a_hub_folder(trained: Trained, hub: Path, tmp_path: Path) -> None:
@@ -138,7 +139,7 @@ def test_a_run_that_is_there_does_not_begin_anew_with_a_hub_folder(trained: Trai
     (tmp_path / "run" / "run.json").write_text(json.dumps({**content, "hub": str(hub.resolve())}))
     start.prepare(STILL, store, tmp_path / "run", hub=hub)
     start.prepare(STILL, store, tmp_path / "run")
-    assert start.origin_of(tmp_path / "run", "hub") == hub.resolve(), "the same command, and one without it, go on"
+    assert start.begun_with(tmp_path / "run", "hub") == hub.resolve(), "the same command, and one without it, go on"
 
 
 def test_the_same_command_goes_on_where_the_hub_folder_is_gone(

@@ -170,12 +170,12 @@ def _resume(engine: Engine, run_dir: Path, resume: str, samples: TrainingSamples
             raise checkpoint.CheckpointError(
                 f"{root} has no sealed checkpoint, and --resume must was given. Check OUT, or leave --resume out."
             )
-        hub = start.origin_of(run_dir, "hub")
+        hub = start.begun_with(run_dir, "hub")
         if hub is not None:
             rows = pretrained.begin(engine, hub, sources)
             _say(f"starting with the weights of {hub} ({rows} of {len(sources)} unit rows)")
             return 0
-        origin = start.origin_of(run_dir)
+        origin = start.begun_with(run_dir, "origin")
         if origin is None:
             _say("starting from step 0")
             return 0

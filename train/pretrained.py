@@ -21,7 +21,7 @@ from train.model.modeling_brainloom import BrainloomForPreTraining
 from train.model.processing_brainloom import BrainloomProcessor
 from train.partitions import MASTER
 from train.sources import SourceTable
-from train.trained import take_known_rows
+from train.trained import take_known_rows, weight_files
 
 if TYPE_CHECKING:
     from train.engine import Engine
@@ -34,19 +34,14 @@ class Weights:
     """The weights of a hub folder, in one file or several, one parameter at a time."""
 
     def __init__(self, hub: Path) -> None:
-        """Open every file's header; raises ConfigError where there is none."""
+        """Read the names and shapes; raises ConfigError where it is no hub folder."""
         self.shapes: dict[str, list[int]] = {}
         self._files: dict[str, Path] = {}
-        for path in sorted(hub.glob("model*.safetensors")):
+        for path in weight_files(hub):
             with safe_open(path, "pt") as opened:
                 for name in opened.keys():  # noqa: SIM118  no dict
                     self.shapes[name] = opened.get_slice(name).get_shape()
                     self._files[name] = path
-        if not self._files or not (hub / "config.json").exists():
-            raise ConfigError(
-                f"{hub} is no hub folder: it has no config.json or no model*.safetensors. "
-                f"Make one: make export RUN_DIR=… HUB={hub}"
-            )
 
     def read(self, name: str) -> Tensor:
         """A parameter, flat, in fp32."""

@@ -10,6 +10,7 @@ import os
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Literal
 
 from prep.settings import ConfigError
 from prep.store import Store
@@ -71,15 +72,15 @@ def main(args: argparse.Namespace) -> int:
     session_weights(store.entries, run.data.weights)
     resume = "must" if args.resume == "must" else "auto"  # never: `prepare` refuses checkpoints, but a restart has some
     command = [sys.executable, "-m", "train", "worker", "--out", str(args.out.resolve()), "--resume", resume]
-    if args.dry_run:
-        print(launch.plan(used, command, args.out / "logs", os.environ))
-        print("".join(f"spare: {host.name}\n" for host in hosts[len(used) :]), end="")
-        return 0
     run, origin = branch(run, args.origin, args.out) if args.origin else (run, None)
     if args.hub is not None and not any((args.out / "checkpoints").glob("step-*")):  # else it goes on without it
         from train import pretrained  # seconds: only where a run begins with a hub folder
 
         pretrained.check(args.hub, run)
+    if args.dry_run:
+        print(launch.plan(used, command, args.out / "logs", os.environ))
+        print("".join(f"spare: {host.name}\n" for host in hosts[len(used) :]), end="")
+        return 0
     prepare(run, store, args.out, args.resume, origin, args.hub)
     if len(hosts) == 1:
         return launch.launch(hosts, command, args.out / "logs", os.environ)
@@ -112,7 +113,7 @@ def branch(run: config.RunConfig, start: Path, out: Path) -> tuple[config.RunCon
         )
     from train import checkpoint  # seconds: only for a branch
 
-    origin = origin_of(out)  # where it began, if it has: the other run may be further by now
+    origin = begun_with(out, "origin")  # if it has begun: the other run may be further by now
     if origin is None:
         is_one = (start / "manifest.json").exists()
         origin = (checkpoint.open_checkpoint(start) if is_one else checkpoint.newest_of_run(start)).path.resolve()
@@ -121,11 +122,11 @@ def branch(run: config.RunConfig, start: Path, out: Path) -> tuple[config.RunCon
     return replace(run, train=replace(run.train, num_steps=num_steps)), origin
 
 
-def origin_of(out: Path, kind: str = "origin") -> Path | None:
-    """The checkpoint of another run that a run began with; or, of the kind "hub", the hub folder."""
+def begun_with(out: Path, kind: Literal["origin", "hub"]) -> Path | None:
+    """What a run began with, if it did: the checkpoint of another run ("origin"), or a hub folder ("hub")."""
     path = out / "run.json"
-    origin = json.loads(path.read_text()).get(kind) if path.exists() else None
-    return None if origin is None else Path(origin)
+    found = json.loads(path.read_text()).get(kind) if path.exists() else None
+    return None if found is None else Path(found)
 
 
 def prepare(
@@ -145,16 +146,16 @@ def prepare(
             f"{out} holds checkpoints, and --resume never would mix two runs in one folder. "
             "Give another OUT, or remove that one."
         )
-    begun_with = origin_of(out, "hub")
+    first_hub = begun_with(out, "hub")
     if path.exists() and has_checkpoints:
         _check_goes_on(config.load(path), run, out)
-        if hub is not None and hub.resolve() != begun_with:
+        if hub is not None and hub.resolve() != first_hub:
             raise ConfigError(
-                f"{out} holds a run that began with {begun_with or 'weights of its own'}, not with {hub.resolve()}. "
+                f"{out} holds a run that began with {first_hub or 'weights of its own'}, not with {hub.resolve()}. "
                 "Give another OUT, or leave --hub out: the run goes on from its checkpoint."
             )
     run.save(path)
-    begins = {"origin": origin or origin_of(out), "hub": hub.resolve() if hub else begun_with}
+    begins = {"origin": origin or begun_with(out, "origin"), "hub": hub.resolve() if hub else first_hub}
     content = {"store": store.address, **{kind: place and str(place) for kind, place in begins.items()}}
     (out / "run.json").write_text(json.dumps(content, indent=1))
 

@@ -68,6 +68,15 @@ def weights_that_fit(folder: Path) -> Iterator[None]:
         ) from error
 
 
+def weight_files(hub: Path) -> list[Path]:
+    """Where the weights of a hub folder are; raises ConfigError where it is none."""
+    found = sorted(hub.glob("model*.safetensors"))
+    if not found or not (hub / "config.json").exists():
+        missing = "model*.safetensors" if (hub / "config.json").exists() else "config.json"
+        raise ConfigError(f"{hub} is no hub folder: it has no {missing}. Make one: make export RUN_DIR=… HUB={hub}")
+    return found
+
+
 def load_trained(run_dir: Path) -> Trained:
     """The newest sealed checkpoint of a run, as a plain model in fp32; or an adapted model (train/adapt.py)."""
     if (run_dir / ADAPTED).exists():
@@ -108,8 +117,7 @@ def open_hub(hub: Path, store: Store) -> tuple[Trained, Known]:
 
     A session or subject that it does not know has no row at all: nothing is inferred of it, and nothing fitted.
     """
-    if not (hub / "config.json").exists():
-        raise ConfigError(f"{hub} is no hub folder: it has no config.json. Make one: make export RUN_DIR=… HUB={hub}")
+    weight_files(hub)
     with weights_that_fit(hub):
         model = BrainloomForPreTraining.from_pretrained(hub).eval().requires_grad_(False)
     processor = BrainloomProcessor.from_pretrained(hub)

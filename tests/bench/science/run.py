@@ -82,7 +82,7 @@ def run_baselines(bench: Bench, fold: int | None) -> None:
         say(f"{bench.recording.name} {label(fold)}: {name} {task}")
 
 
-def run_ours(bench: Bench, fold: int | None, name: str = OURS, overrides: tuple[str, ...] = ()) -> None:
+def run_ours(bench: Bench, fold: int | None, name: str = OURS) -> None:
     """One checkpoint of one split, asked for every task."""
     tasks = TASKS[bench.recording.name]
     missing = [task for task in tasks if not bench.known(name, task, fold)]
@@ -91,7 +91,8 @@ def run_ours(bench: Bench, fold: int | None, name: str = OURS, overrides: tuple[
     began, folder = time.perf_counter(), bench.out / label(fold) / WORK[name]
     hub = folder / "hub"
     if not (hub / "config.json").exists():
-        brainloom.train(bench.file, bench.recording, fold, folder, overrides)
+        begins = ("--hub", str(pretrain.pretrained(bench.file.parent, bench.out.parent))) if name == PRETRAINED else ()
+        brainloom.train(bench.file, bench.recording, fold, folder, begins)
     loaded = Hub.load(hub)
     for task in missing:
         query = protocol.queries(bench.recording, task, "test", fold)
@@ -230,8 +231,7 @@ def main() -> None:
             run_baselines(bench, fold)
             run_ours(bench, fold)
             if name in pretrain.ASKED:
-                hub = pretrain.pretrained(folder, args.out)
-                run_ours(bench, fold, PRETRAINED, ("--hub", str(hub)))
+                run_ours(bench, fold, PRETRAINED)
             if not args.no_poyo:
                 run_poyo(bench, fold)
         for task in TASKS[name]:
