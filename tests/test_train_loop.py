@@ -306,6 +306,17 @@ def test_a_run_that_is_there_does_not_become_another_model(two_ranks: Path, stor
         prepare_run(two_ranks, store, other)
 
 
+def test_a_step_may_take_longer_where_its_graph_is_compiled(run: RunConfig) -> None:
+    """A run by `train.compile` was ended in its second step, whose family had no graph yet."""
+    usual = run.faults.watchdog_s
+    first = loop.patience_s(run, 0, set())
+    assert first > usual and loop.patience_s(run, 1, {run.turn(0)}) == usual
+    compiled = replace(run, train=replace(run.train, compile=True))
+    assert run.turn(0) != run.turn(1)
+    assert loop.patience_s(compiled, 1, {run.turn(0)}) == first
+    assert loop.patience_s(compiled, 1, {run.turn(0), run.turn(1)}) == usual
+
+
 def test_no_rank_leaves_a_process_behind(two_ranks: Path) -> None:
     mine = str(two_ranks).encode()
     others = [path for path in Path("/proc").glob("[0-9]*/cmdline") if path.parent.name != str(os.getpid())]

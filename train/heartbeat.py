@@ -20,7 +20,7 @@ from train.exit_codes import HUNG
 
 PULSE_S = 1.0
 STACKS = signal.SIGUSR2  # writes the stacks of all threads, also of one that hangs in a collective
-FIRST_STEP = 5  # times the patience, until a step has been done: files are read and ops compiled before
+FIRST_STEP = 5  # times the patience, until a step of its kind has been done: files are read, ops and graphs compiled
 GRACE_S = 15.0  # which the launcher has to name the late rank and end all, before a rank ends itself
 _SIZE = 512  # bytes of a beat: overwritten in place, which needs no space on a full disk
 

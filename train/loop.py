@@ -108,8 +108,10 @@ def train(run_dir: Path, run: RunConfig, resume: str, peers: Peers, heart: Heart
     }
     feed = batches(samples, first_step, rank, world_size)
     per_step = config.gradient_accumulation(run.train, world_size)
+    done = set[config.Turn]()
     try:
         for step in range(first_step, run.train.num_steps):
+            heart.patience_s = patience_s(run, step, done)
             heart.begin(step)
             with profiler.watch(step):
                 row, windows, stop = take_step(engine, feed, per_step, step, stop_requested)
@@ -135,7 +137,7 @@ def train(run_dir: Path, run: RunConfig, resume: str, peers: Peers, heart: Heart
                 saver.save(engine, step + 1, {**state, "position": position})
             if stop or last:
                 saver.wait()
-            heart.patience_s = run.faults.watchdog_s
+            done.add(run.turn(step))
             if stop and not last:
                 _say(f"asked to stop: saved step {step + 1}; the same command goes on from there")
                 return STOPPED
@@ -144,6 +146,12 @@ def train(run_dir: Path, run: RunConfig, resume: str, peers: Peers, heart: Heart
         if log is not None:
             log.close()
     return 0
+
+
+def patience_s(run: config.RunConfig, step: int, done: set[config.Turn]) -> float:
+    """How long a phase of a step may last: longer in the first one, and where a graph is compiled for a new turn."""
+    is_new = not done or (run.train.compile and run.turn(step) not in done)
+    return run.faults.watchdog_s * (FIRST_STEP if is_new else 1)
 
 
 def _rewind(engine: Engine, saver: Saver, begun: int) -> int | None:
