@@ -82,7 +82,7 @@ def session_pictures(store: Store, session: Session, units: UnitColumns) -> list
 def dataset_picture(title: str, units: UnitColumns) -> dict[str, str] | None:
     """Distributions of the units of a dataset; None where nothing is known of any."""
     with matplotlib.rc_context(RC), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Glyph")
+        warnings.filterwarnings("ignore", message="Glyph")  # likewise
         figure = distributions(units)
         return None if figure is None else picture(title, figure)
 

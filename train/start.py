@@ -73,7 +73,7 @@ def main(args: argparse.Namespace) -> int:
     resume = "must" if args.resume == "must" else "auto"  # never: `prepare` refuses checkpoints, but a restart has some
     command = [sys.executable, "-m", "train", "worker", "--out", str(args.out.resolve()), "--resume", resume]
     run, origin = branch(run, args.origin, args.out) if args.origin else (run, None)
-    if args.hub is not None and not any((args.out / "checkpoints").glob("step-*")):  # else it goes on without it
+    if args.hub is not None and not has_checkpoints(args.out):  # else it goes on without it
         from train import pretrained  # seconds: only where a run begins with a hub folder
 
         pretrained.check(args.hub, run)
@@ -122,6 +122,11 @@ def branch(run: config.RunConfig, start: Path, out: Path) -> tuple[config.RunCon
     return replace(run, train=replace(run.train, num_steps=num_steps)), origin
 
 
+def has_checkpoints(out: Path) -> bool:
+    """Has the run of a folder saved anything?"""
+    return any((out / "checkpoints").glob("step-*"))
+
+
 def begun_with(out: Path, kind: Literal["origin", "hub"]) -> Path | None:
     """What a run began with, if it did: the checkpoint of another run ("origin"), or a hub folder ("hub")."""
     path = out / "run.json"
@@ -140,14 +145,13 @@ def prepare(
     """Write the resolved configuration; a run that is there may go on longer, but not become another model."""
     out.mkdir(parents=True, exist_ok=True)
     path = out / "config.yaml"
-    has_checkpoints = any((out / "checkpoints").glob("step-*"))
-    if has_checkpoints and resume == "never":
+    if has_checkpoints(out) and resume == "never":
         raise ConfigError(
             f"{out} holds checkpoints, and --resume never would mix two runs in one folder. "
             "Give another OUT, or remove that one."
         )
     first_hub = begun_with(out, "hub")
-    if path.exists() and has_checkpoints:
+    if path.exists() and has_checkpoints(out):
         _check_goes_on(config.load(path), run, out)
         if hub is not None and hub.resolve() != first_hub:
             raise ConfigError(

@@ -70,11 +70,10 @@ def weights_that_fit(folder: Path) -> Iterator[None]:
 
 def weight_files(hub: Path) -> list[Path]:
     """Where the weights of a hub folder are; raises ConfigError where it is none."""
-    found = sorted(hub.glob("model*.safetensors"))
-    if not found or not (hub / "config.json").exists():
-        missing = "model*.safetensors" if (hub / "config.json").exists() else "config.json"
-        raise ConfigError(f"{hub} is no hub folder: it has no {missing}. Make one: make export RUN_DIR=… HUB={hub}")
-    return found
+    for pattern in ("config.json", weights := "model*.safetensors"):
+        if not any(hub.glob(pattern)):
+            raise ConfigError(f"{hub} is no hub folder: it has no {pattern}. Make one: make export RUN_DIR=… HUB={hub}")
+    return sorted(hub.glob(weights))
 
 
 def load_trained(run_dir: Path) -> Trained:
