@@ -83,7 +83,8 @@ def test_a_model_that_follows_nothing_is_not_called_clean(trained: Trained) -> N
     """A model that reads nothing out predicts its null whatever it is shown: that nothing changes shows nothing."""
     trained.model = build_model(RUN).eval()
     with torch.no_grad():
-        trained.model.readout.weight_proj.weight.zero_()
+        for proj in trained.model.readout.weight_projs:
+            proj.weight.zero_()
     rows = of_tasks(trained, "spikes")
     assert failed(rows) == {"seen"}
     assert failures(rows)[0] == (

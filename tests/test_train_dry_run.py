@@ -52,15 +52,15 @@ def test_the_largest_preset_on_the_target_machine(capsys: pytest.CaptureFixture[
     assert "1b on 8 x 8 GPUs, ds_configs/zero3.json, bf16; a step: 2,048 windows = 64 ranks x 2 x 16" in out and not err
     for expected in (
         r"trunk +974,948,992 ",
-        r"unit table +256,000,000 +\(1,000,000 rows of 256\)",
-        r"master weights +GPU +0\.067 +0\.067 +0\.067",
+        r"unit table +384,000,000 +\(1,000,000 rows of 384\)",
+        r"master weights +GPU +0\.066 +0\.066 +0\.066",
         r"activations kept +GPU +3\d\.\d{3} *\n",
         r"a GPU at the worst moment, with 5% of slack +[56]\d\.\d{3}",
-        r"gradients, scattered +2\.31 +2 ",
-        r"rows of the unit table, and back +0\.269 +1 ",
-        r"weights, gathered after the step +0\.000605 +1 .* 161 +0\.02",
+        r"gradients, scattered +2\.28 +2 ",
+        r"rows of the unit table, and back +0\.404 +1 ",
+        r"weights, gathered after the step +0\.000481 +1 .* 160 +0\.02",
         r"\n2 +16 +8 +6\d\.\d .* to .* 9\d%\n4 +32 +4 .*\n8 +64 +2 ",
-        r"100,000 steps: 0\.3\d+ to 0\.3\d+ days",
+        r"100,000 steps: 0\.2\d+ to 0\.3\d+ days",
         r"One pass through 1,000 hours of recording \(7,200,000 windows\): 3,515\.6 steps, ",
         r"Assumed: 989 TFLOP/s x 40%, 360 GB/s in a node, 40 GB/s out of it for each GPU; 1\.9 and 4 us a message",
     ):
@@ -104,7 +104,7 @@ def test_a_run_that_does_not_fit_is_refused_with_its_parts_and_with_what_would(
     assert "activations kept" in out, "the plan is shown all the same"
     assert (
         err.startswith("train dry-run: train/configs/300m.yaml does not fit on 1 x 1: a GPU needs ")
-        and "and has 28.0 (activations kept 9.4, batches of a step 5.8, activations for a while 5.0," in err
+        and "and has 28.0 (activations kept 9.4, batches of a step 5.8, activations for a while 5.1," in err
     )
     assert "What would fit: " in err and "train.micro_batch_size=8" in err
 

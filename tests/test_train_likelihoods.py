@@ -295,14 +295,15 @@ def test_a_model_with_any_likelihood_starts_at_its_null_and_has_finite_gradients
     batch = inputs(run, tmp_path_factory, session)
     with torch.inference_mode():
         fresh = build_model(run)
-        fresh.readout.weight_proj.weight.zero_()
+        for proj in fresh.readout.weight_projs:
+            proj.weight.zero_()
         fresh = fresh(**batch)
     assert float(fresh.loss) == 0 and not fresh.nats.any()
     model = moved_model(run)
     model(**batch).loss.backward()
     gradients = {name: parameter.grad for name, parameter in model.named_parameters()}
     assert all(gradient is not None and gradient.isfinite().all() for gradient in gradients.values())
-    assert gradients["readout.weight_proj.weight"].any()
+    assert any(gradients[f"readout.weight_projs.{kind}.weight"].any() for kind in range(3))
 
 
 def test_the_model_gives_intervals_on_request(tmp_path_factory: pytest.TempPathFactory) -> None:

@@ -158,16 +158,17 @@ def test_one_rank_has_the_losses_of_two(two_ranks: Path, store: Path, run: RunCo
     assert max(abs(a - b) for a, b in zip(losses(out), losses(two_ranks), strict=True)) < 1e-5
 
 
-def test_half_precision_trains_like_single(two_ranks: Path, store: Path, run: RunConfig, tmp_path: Path) -> None:
+def test_half_precision_trains_like_single(store: Path, run: RunConfig, tmp_path: Path) -> None:
     """bf16 weights and activations, fp32 masters and rows: the same losses, as far as eight bits go.
 
     Until something has moved, to half a percent. Then Adam's first steps, which go by the sign of a gradient, carry two
-    runs apart that differ by a rounding, at a pace that depends on the seed (with 5 by 4 % in six steps).
+    runs apart that differ by a rounding, by up to 7 % of a loss in six steps at full rate, whatever the model. So the
+    rate grows all the way here.
     """
-    half = replace(run, train=replace(run.train, precision="bf16"))
-    out = prepare_run(tmp_path / "half", store, half)
+    warm = replace(run, train=replace(run.train, warmup_steps=NUM_STEPS))
+    out = prepare_run(tmp_path / "half", store, replace(warm, train=replace(warm.train, precision="bf16")))
     assert train_ranks(out) == 0
-    exact, rounded, first = losses(two_ranks), losses(out), len(run.train.families)
+    exact, rounded, first = plain_losses(store, warm, NUM_STEPS), losses(out), len(run.train.families)
     assert sum(exact) != sum(rounded)
     assert abs(sum(exact) - sum(rounded)) < 0.01 * sum(exact), "of all twenty steps together"
     exact, rounded = exact[:first], rounded[:first]

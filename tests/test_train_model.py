@@ -207,7 +207,8 @@ def test_a_model_that_reads_nothing_out_predicts_its_null_and_its_loss_is_zero(
         model = build_model(RUN).eval()
         fresh = model(**batch)
         assert fresh.log_scale.abs().max() < 2  # it starts near its null
-        model.readout.weight_proj.weight.zero_()
+        for proj in model.readout.weight_projs:
+            proj.weight.zero_()
     output = model(**batch)
     modality = batch["source_modality"].gather(1, batch["query_source"])
     null = torch.where(modality == 0, batch["source_null"].gather(1, batch["query_source"]), 0.0)

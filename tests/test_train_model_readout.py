@@ -9,7 +9,7 @@ from train_builders import TINY, tiny_run
 
 from train.build import build_model
 from train.model.configuration_brainloom import BrainloomConfig
-from train.model.readout_brainloom import DECAY_S, BrainloomReadout, leaky_integral
+from train.model.readout_brainloom import DECAY_S, BrainloomReadout, leaky_integral, trait_parts
 from train.model.stimulus_brainloom import BrainloomPatches, in_order_of_time
 
 
@@ -30,14 +30,32 @@ def test_only_what_leaks_is_integrated_with_its_decay() -> None:
     with torch.no_grad():
         readout.decay_proj.weight.zero_()
         readout.decay_proj.bias.zero_()
-    features, identity = torch.randn(1, 20, 96), torch.randn(1, 2, 32)
+    features, identity, traits = torch.randn(1, 20, 96), torch.randn(1, 2, 32), torch.randn(1, 2, 16)
     leaks = torch.tensor([[True, False]])
-    leaked, plain = readout(features, identity, leaks), readout(features, identity, ~leaks)
+    leaked, plain = readout(features, identity, traits, leaks), readout(features, identity, traits, ~leaks)
     assert torch.equal(leaked[..., :-1], plain[..., :-1])
     growth = torch.expm1(3 * torch.tanh(plain[0, 0, :, -1] / 3))
     keep = torch.full((1, 1, 1), -1 / (config.readout_hz * DECAY_S)).exp()
     torch.testing.assert_close(leaked[0, 0, :, -1], leaky_integral(growth[None, None], keep)[0, 0])
     assert not torch.allclose(leaked[0, 1, :, -1], plain[0, 1, :, -1])
+
+
+@pytest.mark.parametrize("size", [16, 18])
+def test_each_kind_of_features_is_read_by_traits_of_its_own(size: int) -> None:
+    config = BrainloomConfig(**{**TINY, "unit_embed_size": size})
+    readout, leaks = BrainloomReadout(config), torch.zeros(1, 2, dtype=torch.bool)
+    features, identity, traits = torch.randn(1, 20, 96), torch.randn(1, 2, 32), torch.randn(1, 2, size)
+    parts = trait_parts(config)
+    assert sum(parts) == size
+    for kind in range(3):
+        moved, others = traits.split(parts, -1), features.unflatten(-1, (3, 32)).clone()
+        others[:, :, kind] = 0.0
+        changed = torch.cat([part + (number == kind) for number, part in enumerate(moved)], -1)
+        assert not torch.allclose(
+            readout(features, identity, traits, leaks), readout(features, identity, changed, leaks)
+        )
+        silent = others.flatten(2)
+        assert torch.equal(readout(silent, identity, traits, leaks), readout(silent, identity, changed, leaks))
 
 
 def test_a_model_without_calcium_has_no_decays() -> None:

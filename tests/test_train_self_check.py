@@ -182,15 +182,15 @@ def _other_weights(self: BrainloomEncoder, x: Tensor) -> Tensor:
     return self.k_norm(self.gate_proj(x).unflatten(-1, self.heads)).flatten(2)
 
 
-def _skips(self: BrainloomIdentity, embeds: Tensor, features: Tensor, modality: Tensor) -> Tensor:
+def _skips(self: BrainloomIdentity, embeds: Tensor, features: Tensor, modality: Tensor) -> tuple[Tensor, Tensor]:
     if (modality == 1).any():  # traces: their identity needs no features
-        return self.out_proj(embeds) + self.modality_embed[modality]
+        return self.out_proj(embeds) + self.modality_embed[modality], embeds
     return BRANCH(self, embeds, features, modality)
 
 
-def _unused(self: BrainloomIdentity, embeds: Tensor, features: Tensor, modality: Tensor) -> Tensor:
+def _unused(self: BrainloomIdentity, embeds: Tensor, features: Tensor, modality: Tensor) -> tuple[Tensor, Tensor]:
     self.feature_out(nn.functional.silu(self.feature_proj(features)))
-    return self.out_proj(embeds) + self.modality_embed[modality]
+    return self.out_proj(embeds) + self.modality_embed[modality], embeds
 
 
 BRANCH = BrainloomIdentity.forward

@@ -29,42 +29,42 @@ class Turn:
 
 
 # Layers, width, heads, inner width, unit row: the trunk has about 12 * width^2 parameters a layer. Rows are wide:
-# one of 64 numbers held a unit's readout back by a tenth (CONTRIBUTING.md, 2026-11-29).
+# each kind of features is read by a third of one, and thirds of 21 numbers held readouts back (CONTRIBUTING.md).
 PRESETS: dict[str, dict[str, Any]] = {
     "debug": {
         "hidden_size": 128,
         "num_hidden_layers": 4,
         "num_attention_heads": 4,
         "intermediate_size": 344,
-        "unit_embed_size": 128,
+        "unit_embed_size": 192,
     },
     "20m": {
         "hidden_size": 384,
         "num_hidden_layers": 8,
         "num_attention_heads": 6,
         "intermediate_size": 1024,
-        "unit_embed_size": 128,
+        "unit_embed_size": 192,
     },
     "80m": {
         "hidden_size": 768,
         "num_hidden_layers": 8,
         "num_attention_heads": 12,
         "intermediate_size": 2048,
-        "unit_embed_size": 128,
+        "unit_embed_size": 192,
     },
     "300m": {
         "hidden_size": 1024,
         "num_hidden_layers": 22,
         "num_attention_heads": 16,
         "intermediate_size": 2816,
-        "unit_embed_size": 256,
+        "unit_embed_size": 384,
     },
     "1b": {
         "hidden_size": 1792,
         "num_hidden_layers": 25,
         "num_attention_heads": 14,
         "intermediate_size": 4864,
-        "unit_embed_size": 256,
+        "unit_embed_size": 384,
     },
 }
 

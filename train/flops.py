@@ -15,7 +15,7 @@ from train.masking import num_folds
 from train.model.configuration_brainloom import MODALITIES, BrainloomConfig
 from train.model.decoder_brainloom import NUM_BLOCKS
 from train.model.history_brainloom import NUM_SUMS
-from train.model.readout_brainloom import NUM_MOMENTS
+from train.model.readout_brainloom import NUM_MOMENTS, trait_parts
 from train.model.surround_brainloom import NUM_OWN
 from train.model.surround_brainloom import NUM_SUMS as NUM_AROUND
 
@@ -62,9 +62,7 @@ def parameters(config: BrainloomConfig) -> dict[str, int]:
     head = width // config.num_attention_heads
     attention, mlp = 4 * width**2 + 3 * head, 3 * width * inner
     patches = (config.frames_per_patch * config.patch_size**2 + 1 + width) * 2 * width + config.num_patches * width
-    readout = (
-        3 * width * width * config.num_readouts + (width + 1) * config.num_readouts + width * NUM_MOMENTS * NUM_OWN
-    )
+    readout = row * width * config.num_readouts + (width + 1) * config.num_readouts + width * NUM_MOMENTS * NUM_OWN
     channels = config.population_channels
     population = width * channels + NUM_AROUND * channels * width + 3 * width + NUM_BLOCKS * (mlp + width)
     samples = (config.samples_per_token + NUM_SUMS) * width
@@ -115,7 +113,7 @@ def products(config: BrainloomConfig, shape: Shape) -> dict[str, list[Product]]:
             Product(2 * times, sources, views, learns=False),
             Product(views * times, 2, width, learns=False),
             *NUM_BLOCKS * [*_mlp(config, views * times)],
-            Product(sources, width, config.num_readouts * 3 * width),
+            *(Product(sources, part, config.num_readouts * width) for part in trait_parts(config)),
             Product(sources * config.num_readouts, 3 * width, times),
             Product(sources * config.num_readouts, width, shape.folds * times),
             Product(sources, width, config.num_readouts),

@@ -70,7 +70,8 @@ class BrainloomModelOutput(ModelOutput):
     Attributes:
         last_hidden_state: latents (B, L, D).
         latent_time_s: time of each latent (L,), seconds from the window's start.
-        identity: of each source (B, S, D).
+        identity: by which each source is read (B, S, D).
+        traits: of which it is made (B, S, E), and by which the source reads.
         frames: the stimulus (B, F * M, D), each patch with those before it and its place on the screen.
         frame_time_s, frame_mask: of the frames (B, F), in the order of time, those that are not visible last.
         around: what each source did around each time of the readout grid.
@@ -79,6 +80,7 @@ class BrainloomModelOutput(ModelOutput):
     last_hidden_state: Tensor | None = None
     latent_time_s: Tensor | None = None
     identity: Tensor | None = None
+    traits: Tensor | None = None
     frames: Tensor | None = None
     frame_time_s: Tensor | None = None
     frame_mask: Tensor | None = None
@@ -133,7 +135,10 @@ class BrainloomLayer(GradientCheckpointingLayer):
 
 
 class BrainloomIdentity(nn.Module):
-    """Identity of a source = f(what is measured about it) + its row of the unit table, which may be absent (zero)."""
+    """Traits of a source = f(what is measured about it) + its row of the unit table, which may be absent (zero).
+
+    All of them make its identity, by which it is read. How it reads is made of the traits themselves.
+    """
 
     def __init__(self, config: BrainloomConfig) -> None:
         super().__init__()
@@ -143,11 +148,12 @@ class BrainloomIdentity(nn.Module):
         self.out_proj = nn.Linear(config.unit_embed_size, config.hidden_size, bias=False)
         self.modality_embed = nn.Parameter(torch.zeros(len(MODALITIES), config.hidden_size))
 
-    def forward(self, unit_embeds_BSE: Tensor, unit_features_BSU: Tensor, source_modality_BS: Tensor) -> Tensor:
-        """Identities (B, S, D)."""
-        features = self.feature_out(F.silu(self.feature_proj(unit_features_BSU)))
-        identity: Tensor = self.out_proj(features + unit_embeds_BSE)
-        return identity + self.modality_embed[source_modality_BS]
+    def forward(
+        self, unit_embeds_BSE: Tensor, unit_features_BSU: Tensor, source_modality_BS: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Identities (B, S, D) and traits (B, S, E)."""
+        traits: Tensor = self.feature_out(F.silu(self.feature_proj(unit_features_BSU))) + unit_embeds_BSE
+        return self.out_proj(traits) + self.modality_embed[source_modality_BS], traits
 
 
 class BrainloomEncoder(GradientCheckpointingLayer):
@@ -326,7 +332,7 @@ class BrainloomModel(BrainloomPreTrainedModel):
             frame_mask: which frames are visible (B, F), bool.
             context_s: length of the window in seconds; the configuration's if not given.
         """
-        identity_BSD = self.identity(unit_embeds, unit_features, source_modality)
+        identity_BSD, traits_BSE = self.identity(unit_embeds, unit_features, source_modality)
         pixels, frame_time_s, frame_mask = in_order_of_time(pixels, frame_time_s, frame_mask)
         observed_BNP = input_observed & input_mask[..., None]
         values_BNP = torch.where(observed_BNP, input_values.to(identity_BSD.dtype), 0.0)
@@ -379,6 +385,7 @@ class BrainloomModel(BrainloomPreTrainedModel):
             last_hidden_state=latents_BLD,
             latent_time_s=latent_time_s,
             identity=identity_BSD,
+            traits=traits_BSE,
             frames=patches[0] + patches[1],
             frame_time_s=torch.where(frame_mask, frame_time_s, 0.0),
             frame_mask=frame_mask,
@@ -468,7 +475,7 @@ class BrainloomForPreTraining(BrainloomPreTrainedModel):
         )
         answered = self.answer(
             features,
-            outputs.identity,
+            (outputs.identity, outputs.traits),
             source_modality,
             source_null,
             query_source,
@@ -488,7 +495,7 @@ class BrainloomForPreTraining(BrainloomPreTrainedModel):
     def answer(
         self,
         features: Tensor,
-        identity: Tensor,
+        identity: tuple[Tensor, Tensor],
         source_modality: Tensor,
         source_null: Tensor,
         query_source: Tensor,
@@ -501,9 +508,9 @@ class BrainloomForPreTraining(BrainloomPreTrainedModel):
         left_out: Tensor | None = None,
         source_fold: Tensor | None = None,
     ) -> BrainloomPreTrainingOutput:
-        """What sources of these identities (B, S, D) say by features (B, G, 3 D); the rest is `forward`'s."""
+        """What sources of these identities and traits say by features (B, G, 3 D); the rest is `forward`'s."""
         leaks = source_modality == TRACES
-        readout_BSGR = self.readout(features, identity, leaks, own, left_out, source_fold).float()
+        readout_BSGR = self.readout(features, *identity, leaks, own, left_out, source_fold).float()
         modality_BQ = source_modality.gather(1, query_source)
         time_BQP = sample_times(query_time_s, query_sample_s, is_counted(modality_BQ), self.config.samples_per_token)
         readouts = interpolate(readout_BSGR, query_source, time_BQP, self.config.readout_hz)

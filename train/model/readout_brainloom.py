@@ -2,7 +2,8 @@
 
 In: features on a regular grid of times, identities. Out: numbers for each source's likelihood, at the times asked for.
 
-Shapes: B batch, S sources, G times of the readout grid, R numbers of a readout, D hidden_size, Q queries, P samples.
+Shapes: B batch, S sources, G times of the readout grid, R numbers of a readout, D hidden_size,
+E unit_embed_size, Q queries, P samples.
 """
 
 import math
@@ -19,6 +20,7 @@ from .surround_brainloom import NUM_OWN
 GAIN_LIMIT = 3.0  # of the log of a rate's gain: a factor of 0.05 to 20
 DECAY_S, LOG_DECAY_LIMIT = 0.5, 2.0  # of an indicator, at the start; 0.07 to 3.7 s
 NUM_MOMENTS = 2  # of what a source says of itself: location and log scale
+NUM_FEATURES = 3  # kinds of them: of the latents, of the screen, of the population
 QUIET = 0.3  # share of its usual size at which a quiet map starts
 
 
@@ -31,13 +33,20 @@ class BrainloomQuietLinear(nn.Linear):
 
 
 class BrainloomReadout(nn.Module):
-    """Every source reads the same features in its own way, made from its identity."""
+    """Every source reads the same features in its own way.
+
+    Its weights on what the latents say, on what is on the screen, and on what the population does are each made of a
+    part of its traits. Made of the identity, they would have to share its few numbers, and the loudest would have them
+    all: Adam moves each number by what most of its gradient comes from (CONTRIBUTING.md, 2026-11-30).
+    """
 
     def __init__(self, config: BrainloomConfig) -> None:
         super().__init__()
         size, self.num_readouts = config.hidden_size, config.num_readouts
+        self.weight_projs = nn.ModuleList(
+            BrainloomQuietLinear(part, self.num_readouts * size, bias=False) for part in trait_parts(config)
+        )
         self.source_layernorm = BrainloomRMSNorm(size, config.rms_norm_eps)
-        self.weight_proj = BrainloomQuietLinear(size, self.num_readouts * 3 * size, bias=False)
         self.bias_proj = BrainloomZeroLinear(size, self.num_readouts)
         self.self_proj = BrainloomZeroLinear(size, NUM_MOMENTS * NUM_OWN, bias=False)
         self.decay_proj = BrainloomZeroLinear(size, 1) if config.likelihoods["traces"] == "calcium" else None
@@ -47,6 +56,7 @@ class BrainloomReadout(nn.Module):
         self,
         features_BGD: Tensor,
         identity_BSD: Tensor,
+        traits_BSE: Tensor,
         leaks_BS: Tensor,
         own_BSGO: Tensor | None = None,
         left_out_BFGD: Tensor | None = None,
@@ -59,7 +69,9 @@ class BrainloomReadout(nn.Module):
         that fold, and nothing else: not what the latents say, which have read the source itself, nor its own past.
         """
         source_BSD = self.source_layernorm(identity_BSD)
-        weight = self.weight_proj(source_BSD).unflatten(-1, (self.num_readouts, -1)) / math.sqrt(source_BSD.shape[-1])
+        parts = zip(self.weight_projs, traits_BSE.tensor_split(NUM_FEATURES, -1), strict=True)
+        weights = [proj(part).unflatten(-1, (self.num_readouts, -1)) for proj, part in parts]
+        weight = torch.cat(weights, -1) / math.sqrt(source_BSD.shape[-1])
         readout = torch.einsum("bsrd,bgd->bsgr", weight, features_BGD)
         if left_out_BFGD is not None and fold_BS is not None:
             place, has_fold = fold_BS.clamp(min=0)[..., None, None, None], (fold_BS >= 0)[..., None, None]
@@ -78,6 +90,11 @@ class BrainloomReadout(nn.Module):
         integral = leaky_integral(growth, torch.exp(-self.step_s / decay_s)).to(out.dtype)
         last = torch.where(leaks_BS[..., None], integral, out[..., -1])
         return torch.cat([out[..., :-1], last[..., None]], dim=-1)
+
+
+def trait_parts(config: BrainloomConfig) -> list[int]:
+    """How many traits each kind of features is read by: as even as can be, the first the largest."""
+    return [(config.unit_embed_size + kind) // NUM_FEATURES for kind in reversed(range(NUM_FEATURES))]
 
 
 def leaky_integral(x_BSG: Tensor, keep_BS1: Tensor) -> Tensor:
