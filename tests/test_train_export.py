@@ -86,6 +86,7 @@ def test_a_hub_folder_has_all_that_a_stranger_needs(hub: Path, trained: Trained)
         "config.json",
         "configuration_brainloom.py",
         "decoder_brainloom.py",
+        "encoder_brainloom.py",
         "events_brainloom.py",
         "history_brainloom.py",
         "readout_brainloom.py",
