@@ -6,7 +6,8 @@ and covariance of the rows of the same modality; Robbins 1956).
 
 The features that every source reads do not depend on the units that are hidden, so that they are computed once, and
 what is left is one small regression per unit, on the model's own likelihood. Nothing of the model is trained. First
-from stimulus and behaviour; then, with these rows, from the other units as well, each fold from the others.
+from stimulus and behaviour; then, with these rows, from the other units as well, each fold from the others; and again,
+with rows by which the others are better read.
 
 Shapes: U new units, F measured features of each, E unit_embed_size, B windows of a batch, G times of the readout grid,
 D hidden_size.
@@ -29,7 +30,7 @@ from train.trained import Known, Trained
 
 BATCH = 16
 MAX_WINDOWS = 400  # of one session: enough, and minutes rather than hours
-MAX_ITERATIONS = (60, 30)  # from what is known, and then from each other as well
+MAX_ITERATIONS = (60, 30, 30)  # from what is known, then twice from each other as well: as the rows before tell of them
 SHRINKAGE = 0.1  # of the covariance towards a sphere (Ledoit & Wolf 2004): there may be fewer rows than dimensions
 NUM_ACTIVITY = len(ACTIVITY)
 
@@ -73,17 +74,19 @@ def infer_rows(trained: Trained, session: int, known: Known, say: Callable[[str]
     starts = spread(trained, "train", session, MAX_WINDOWS)
     if not len(new) or not starts:
         return 0
-    read: dict[int, list[Segment]] = {}
-    for masks, iterations in zip((support_mask, others_mask), MAX_ITERATIONS, strict=True):
+    from_known: dict[int, list[Segment]] = {}
+    for turn, iterations in enumerate(MAX_ITERATIONS):
+        masks, what = (others_mask, "each other as well") if turn else (support_mask, "what is known")
         for modality in np.unique(sources.modality[new]):
             own = new[sources.modality[new] == modality]
             rows = torch.from_numpy(sources.row[own])
             prior = Prior.of(known.rows[known.modality == int(modality)])
-            what = "what is known" if masks is support_mask else "each other as well"
             say(f"{len(own)} {MODALITIES[modality]} units from {what}, {len(starts)} windows")
-            read.setdefault(modality, []).extend(read_segments(trained, session, starts, own, masks))
-            start = prior.mean_E.expand(len(own), -1) if masks is support_mask else trained.table.weight[rows]
-            trained.table.weight[rows] = most_probable(trained, read[modality], start, prior, iterations)
+            segments = list(read_segments(trained, session, starts, own, masks))
+            start = trained.table.weight[rows] if turn else prior.mean_E.expand(len(own), -1)
+            kept = from_known.setdefault(modality, segments)
+            segments = [*kept, *segments] if turn else segments
+            trained.table.weight[rows] = most_probable(trained, segments, start, prior, iterations)
     return len(starts)
 
 

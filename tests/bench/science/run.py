@@ -113,9 +113,10 @@ def run_poyo(bench: Bench, fold: int | None) -> None:
 def origin() -> list[str]:
     """When, where and with what."""
     libraries = ", ".join(f"{name} {version(name)}" for name in LIBRARIES)
+    machine = f"{platform.machine()} ({torch.backends.cpu.get_cpu_capability()}), {os.cpu_count()} cores, no GPU"
     return [
         f"`make bench-science`, {date.today().isoformat()}. Written by the run; do not edit.",
-        f"{platform.machine()}, {os.cpu_count()} cores, no GPU. Python {platform.python_version()}, {libraries}.",
+        f"{machine}. Python {platform.python_version()}, {libraries}.",
     ]
 
 
