@@ -1,6 +1,7 @@
 """How sources read features: each in its own way, at any time.
 
-In: features on a regular grid of times, identities. Out: numbers for each source's likelihood, at the times asked for.
+In: features on a regular grid of times, identities, traits. Out: numbers for each source's likelihood, at the times
+asked for.
 
 Shapes: B batch, S sources, G times of the readout grid, R numbers of a readout, D hidden_size,
 E unit_embed_size, Q queries, P samples.
