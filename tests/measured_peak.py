@@ -13,7 +13,6 @@ import gc
 import json
 import os
 import sys
-import warnings
 from pathlib import Path
 
 ALLOCATOR = {
@@ -53,5 +52,4 @@ def main(run_dir: Path, warm_dir: Path, port: str) -> None:
 
 
 if __name__ == "__main__":
-    warnings.simplefilter("ignore")
     main(Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3])

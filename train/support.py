@@ -82,10 +82,9 @@ def infer_rows(trained: Trained, session: int, known: Known, say: Callable[[str]
             rows = torch.from_numpy(sources.row[own])
             prior = Prior.of(known.rows[known.modality == int(modality)])
             say(f"{len(own)} {MODALITIES[modality]} units from {what}, {len(starts)} windows")
-            segments = list(read_segments(trained, session, starts, own, masks))
+            segments = [*from_known.get(modality, []), *read_segments(trained, session, starts, own, masks)]
+            from_known.setdefault(modality, segments)  # kept as the first turn read them
             start = trained.table.weight[rows] if turn else prior.mean_E.expand(len(own), -1)
-            kept = from_known.setdefault(modality, segments)
-            segments = [*kept, *segments] if turn else segments
             trained.table.weight[rows] = most_probable(trained, segments, start, prior, iterations)
     return len(starts)
 

@@ -8,9 +8,9 @@ grid, a trunk works on the latents alone. What comes out is read once per time, 
 a source's own readout, made from its traits, turns them into its prediction (a core and its readouts, as in
 Sinz 2018), so that asking for every unit at every time costs next to nothing. Runs under transformers 4.57 and 5.
 
-Shape suffixes: B batch, N visible tokens, Q queries, S sources, F frames, M patches of a frame,
-P samples per token, L latents, G times of the readout grid, R numbers of a readout, D hidden_size, E unit_embed_size,
-M modalities that are predicted.
+Shape suffixes: B batch, N visible tokens, Q queries, S sources, F frames, M patches of a frame, P samples per token,
+L latents, G times of the readout grid, R numbers of a readout, D hidden_size, E unit_embed_size, M modalities that are
+predicted.
 """
 
 import math
