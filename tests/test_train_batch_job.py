@@ -54,6 +54,14 @@ def test_every_value_arrives_as_it_was_given(tmp_path: Path, capsys: pytest.Capt
         subprocess.run(["shellcheck", "--shell=bash", "--exclude=SC2016", "-"], input=script, text=True, check=True)
 
 
+def test_a_new_run_may_begin_with_a_hub_folder(tmp_path: Path) -> None:
+    """A run that has saved goes on without it, so that none needs to be there; a job that is requeued says it again."""
+    (tmp_path / ODD / "checkpoints" / "step-1").mkdir(parents=True)
+    script = made(tmp_path, "--hub", str(tmp_path / ODD / "hub"))
+    assert variables(script, "hub") == [f"{tmp_path}/{ODD}/hub"] and '${hub:+--hub "$hub"}' in script
+    assert variables(made(tmp_path), "hub") == [""]
+
+
 def test_the_options_of_sbatch_are_those_of_the_template_with_other_values(tmp_path: Path) -> None:
     def options(script: str) -> dict[str, str]:
         return dict(re.findall(r"^#SBATCH --([a-z-]+)=?(.*)$", script, re.MULTILINE))
@@ -84,6 +92,7 @@ def test_a_line_to_change_without_a_value_is_left_out() -> None:
     [
         (["--nodes", "0"], "--nodes 0 --slots 8: both must be at least 1."),
         (["--time", "1h; id"], "--time '1h; id' is no time of SLURM's. Expected 90 (minutes), "),
+        (["--hub", "nowhere"], "nowhere is no hub folder: it has no config.json. Make one: make export"),
         (["--nodes", "3"], "train.global_batch_size 128 is not a multiple of micro_batch_size x ranks (2 x 24)."),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",

@@ -1,7 +1,8 @@
 """`python -m train sbatch`: the batch script of a run, made of hostfiles/slurm-8x8-h100.sbatch, and how to submit it.
 
-In: a run's YAML, a store, a run folder, how many nodes with how many ranks for how long. Out: `job.sbatch` and
-`job.yaml`, the run as it is now, in the run folder; the command. Submitted is only what is asked to be.
+In: a run's YAML, a store, a run folder, a hub folder to begin with or none, how many nodes with how many ranks for how
+long. Out: `job.sbatch` and `job.yaml`, the run as it is now, in the run folder; the command. Submitted is only what is
+asked to be.
 """
 
 import argparse
@@ -14,7 +15,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from prep.settings import ConfigError
-from train import config
+from train import config, start
 
 ROOT = Path(__file__).resolve().parent.parent
 TEMPLATE = ROOT / "hostfiles" / "slurm-8x8-h100.sbatch"
@@ -28,6 +29,9 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--config", type=Path, required=True, help="the run's YAML, for instance train/configs/1b.yaml")
     parser.add_argument("--store", required=True, help="token store, at a place that every node sees")
     parser.add_argument("--out", type=Path, required=True, help="run folder, likewise; a run that is there goes on")
+    parser.add_argument(
+        "--hub", type=Path, metavar="FOLDER", help="of a new run: begin with the weights of a hub folder"
+    )
     parser.add_argument("--nodes", type=int, default=8, help="how many nodes (default: %(default)s)")
     parser.add_argument("--slots", type=int, default=8, help="GPUs, or ranks, of each (default: %(default)s)")
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda", help="default: %(default)s")
@@ -47,6 +51,7 @@ def main(args: argparse.Namespace) -> int:
         )
     config.deepspeed_config(run, args.nodes * args.slots)
     out = args.out.resolve()
+    start.check_hub(args.hub, run, out)
     out.mkdir(parents=True, exist_ok=True)
     script, frozen = out / "job.sbatch", out / "job.yaml"
     run.save(frozen)
@@ -60,6 +65,7 @@ def main(args: argparse.Namespace) -> int:
     }
     store = args.store if "://" in args.store else str(Path(args.store).resolve())
     values = {"STORE": store, "RUN": str(frozen), "OUT": str(out), "python": sys.executable}
+    values["hub"] = str(args.hub.resolve()) if args.hub else ""
     script.write_text(fill(TEMPLATE.read_text(), options, {**os.environ, **values}))
     command = ["sbatch", f"--chdir={ROOT}", str(script)]
     print(shlex.join(command), flush=True)

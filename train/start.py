@@ -73,10 +73,7 @@ def main(args: argparse.Namespace) -> int:
     resume = "must" if args.resume == "must" else "auto"  # never: `prepare` refuses checkpoints, but a restart has some
     command = [sys.executable, "-m", "train", "worker", "--out", str(args.out.resolve()), "--resume", resume]
     run, origin = branch(run, args.origin, args.out) if args.origin else (run, None)
-    if args.hub is not None and not has_checkpoints(args.out):  # else it goes on without it
-        from train import pretrained  # seconds: only where a run begins with a hub folder
-
-        pretrained.check(args.hub, run)
+    check_hub(args.hub, run, args.out)
     if args.dry_run:
         print(launch.plan(used, command, args.out / "logs", os.environ))
         print("".join(f"spare: {host.name}\n" for host in hosts[len(used) :]), end="")
@@ -97,6 +94,14 @@ def fits(run: config.RunConfig, num_ranks: int) -> bool:
     except ConfigError:
         return False
     return True
+
+
+def check_hub(hub: Path | None, run: config.RunConfig, out: Path) -> None:
+    """Refuse a hub folder that a new run cannot begin with; a run that has saved goes on without it."""
+    if hub is not None and not has_checkpoints(out):
+        from train import pretrained  # seconds: only where a run begins with a hub folder
+
+        pretrained.check(hub, run)
 
 
 def branch(run: config.RunConfig, start: Path, out: Path) -> tuple[config.RunConfig, Path]:
