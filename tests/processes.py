@@ -30,12 +30,14 @@ def cmdline(pid: int) -> bytes:
 def below(pid: int) -> Iterator[int]:
     """All processes below one."""
     try:
-        tasks = [(task / "children").read_text().split() for task in Path(f"/proc/{pid}/task").iterdir()]
+        threads = list(Path(f"/proc/{pid}/task").iterdir())
     except OSError:  # it has ended, and has no children
         return
-    for child in (int(word) for words in tasks for word in words):
-        yield child
-        yield from below(child)
+    for thread in threads:
+        with contextlib.suppress(OSError):  # this thread has ended; what it had started is another one's now
+            for child in map(int, (thread / "children").read_text().split()):
+                yield child
+                yield from below(child)
 
 
 def kill(pid: int) -> None:

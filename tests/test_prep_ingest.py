@@ -10,13 +10,13 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 from distributed import Client
-from processes import is_alive
+from processes import below, is_alive, wait_for
 from store_builders import FakeRecipe, fake_planner, read_bytes_of, session, target, tree, write_plan
 
 from prep.__main__ import main
@@ -237,34 +237,22 @@ def command(folder: Path, store: Path) -> "subprocess.Popen[str]":
     return subprocess.Popen([sys.executable, "-W", "error", *words], env=environment, cwd=ROOT, **pipes)
 
 
-def wait_for(what: Callable[[], bool]) -> None:
-    """Wait until `what` is true."""
-    deadline = time.monotonic() + PATIENCE_S
-    while not what():
-        assert time.monotonic() < deadline, "waited in vain"
-        time.sleep(0.02)
-
-
-def children(pid: int) -> list[int]:
-    """All processes below `pid`."""
-    below = [
-        int(child) for task in Path(f"/proc/{pid}/task").iterdir() for child in (task / "children").read_text().split()
-    ]
-    return [*below, *(deeper for child in below for deeper in children(child))]
-
-
 def test_killed_in_the_middle_it_leaves_no_writer_and_the_next_run_ends_with_the_same_bytes(
     client: Client, tmp_path: Path
 ) -> None:
     folder, store = recordings(tmp_path / "in", a="session=s1", b="session=s2 slow_s=0.8"), tmp_path / "store"
     process = command(folder, store)
     half_way = ".s2.*.partial.zarr/streams/spikes/values/c/1/0/0"
-    wait_for(lambda: (store / "d1" / "s1.manifest.json").exists() and any((store / "d1").glob(half_way)))
-    workers = children(process.pid)
+    wait_for(
+        lambda: (store / "d1" / "s1.manifest.json").exists() and any((store / "d1").glob(half_way)),
+        "half a file",
+        PATIENCE_S,
+    )
+    workers = list(below(process.pid))
     process.kill()
     process.communicate()
     assert len(workers) >= 2
-    wait_for(lambda: not any(is_alive(pid) for pid in workers))
+    wait_for(lambda: not any(is_alive(pid) for pid in workers), "the workers' end", PATIENCE_S)
     assert not (store / "catalog.json").exists() and not (store / "d1" / "s2.manifest.json").exists()
     assert states(ingest_real_recipe(client, folder, store)) == ["already there", "ok"]
     ingest_real_recipe(client, folder, tmp_path / "fresh")
@@ -284,13 +272,13 @@ def ingest_real_recipe(client: Client, folder: Path, store: Path) -> list[Outcom
 def test_asked_to_stop_it_says_how_to_go_on(tmp_path: Path) -> None:
     folder, store = recordings(tmp_path / "in", a="session=s1 slow_s=0.5"), tmp_path / "store"
     process = command(folder, store)
-    wait_for(lambda: any(store.glob("d1/.s1.*.partial.zarr/streams")))
-    workers = children(process.pid)
+    wait_for(lambda: any(store.glob("d1/.s1.*.partial.zarr/streams")), "a first stream", PATIENCE_S)
+    workers = list(below(process.pid))
     process.send_signal(signal.SIGTERM)
     _, errors = process.communicate(timeout=PATIENCE_S)
     assert process.returncode == 130
     assert errors.strip() == "Interrupted: what is sealed stays. Run the same command again to go on."
-    wait_for(lambda: not any(is_alive(pid) for pid in workers))
+    wait_for(lambda: not any(is_alive(pid) for pid in workers), "the workers' end", PATIENCE_S)
 
 
 def test_the_command_ends_with_a_table_and_exit_code_one_where_a_file_failed(tmp_path: Path) -> None:
