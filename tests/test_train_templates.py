@@ -3,6 +3,7 @@
 In: the files. Out: shells and parsers that take them; SLURM's own word where it can be had.
 """
 
+import os
 import re
 import shutil
 import subprocess
@@ -36,9 +37,19 @@ def test_the_manifest_is_an_mpijob_whose_pods_share_one_environment() -> None:
     launcher, worker = (pods[name]["containers"][0] for name in ("Launcher", "Worker"))
     assert launcher["env"] == worker["env"] and launcher["volumeMounts"] == worker["volumeMounts"]
     assert worker["resources"]["limits"]["nvidia.com/gpu"] == spec["slotsPerWorker"]
-    subprocess.run(["bash", "-n"], input=launcher["args"][0], text=True, check=True)
+    given = {each["name"]: each["value"] for each in launcher["env"]}
+    assert words_of_the_run(launcher["args"][0], given)[-2:] == ["--hostfile", "hostfiles/cluster"]
+    assert words_of_the_run(launcher["args"][0], {**given, "HUB": "/a hub"})[-2:] == ["--hub", "/a hub"]
     mounted = {mount["name"] for mount in worker["volumeMounts"]}
     assert all(mounted == {volume["name"] for volume in pod["volumes"]} for pod in pods.values())
+
+
+def words_of_the_run(script: str, environment: dict[str, str]) -> list[str]:
+    """The words of a launcher's `train`; nothing is run."""
+    shown = script.replace("exec .venv/bin/python", r"exec printf '%s\n'")
+    command = ["bash", "-euc", f"make() {{ :; }}\n{shown}"]
+    done = subprocess.run(command, env={**os.environ, **environment}, capture_output=True, text=True, check=True)
+    return done.stdout.splitlines()
 
 
 def test_every_template_stands_in_the_readme() -> None:
