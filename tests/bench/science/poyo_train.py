@@ -1,6 +1,6 @@
 """POYO of torch-brain, trained on head direction of one recording; run in an environment of its own.
 
-In: a recording, a task, a fold or `main`, seconds of training, a file. Out: the prediction's npz; its cost on stdout.
+In: a recording, a task, a fold or `main`, steps of training, a file. Out: the prediction's npz; its cost on stdout.
 
 What is unfair to it: it is made for many sessions and hours of training on a GPU, and gets one session and minutes of
 one core; its width, depth and learning rate were chosen by hand, not searched. In its favour: it is asked at many times
@@ -10,7 +10,6 @@ in each window of training (as its authors do), and keeps the weights of its bes
 import copy
 import math
 import sys
-import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -118,24 +117,23 @@ class Peer:
         return torch.nn.functional.mse_loss(said, vectors(self.recording, start[:, None] + asked))
 
 
-def train(peer: Peer, fold: int | None, seconds: float) -> None:
-    """By CPU time, looks at valid included; leaves the weights of the best of these looks."""
+def train(peer: Peer, fold: int | None, num_steps: int) -> None:
+    """Leaves the weights of the best of the looks at valid; what comes out does not depend on the machine's speed."""
     generator = np.random.default_rng(SEED)
     optimizer = torch.optim.AdamW(peer.model.parameters(), LEARNING_RATE, weight_decay=WEIGHT_DECAY)
     queries = {split: protocol.queries(peer.recording, peer.task, split, fold) for split in ("train", "valid")}
     starts, valid = queries["train"] - ASKED_S[peer.task], queries["valid"][::2]
-    looks = [seconds * part / NUM_LOOKS for part in range(1, NUM_LOOKS)] + [math.inf]
-    began, best, kept, num_steps, share = time.process_time(), math.inf, peer.model.state_dict(), 0, 0.0
-    while share < 1:
+    looks = {num_steps * part // NUM_LOOKS for part in range(1, NUM_LOOKS + 1)}
+    best, kept = math.inf, peer.model.state_dict()
+    for step in range(1, num_steps + 1):
+        share = step / num_steps
         optimizer.param_groups[0]["lr"] = LEARNING_RATE * min(1.0, share / WARM_UP, 1.05 - share)
         optimizer.zero_grad()
         peer.learn(generator.choice(starts, BATCH_SIZE), generator).backward()
         optimizer.step()
-        num_steps, share = num_steps + 1, (time.process_time() - began) / seconds
-        if share * seconds > looks[0] or share >= 1:
-            del looks[:1]
+        if step in looks:
             error = ((peer.say(valid) - vectors(peer.recording, valid)) ** 2).mean().item()
-            print(f"{share * seconds:.0f} s, {num_steps} steps: {error:.4f} on valid", file=sys.stderr, flush=True)
+            print(f"step {step} of {num_steps}: {error:.4f} on valid", file=sys.stderr, flush=True)
             if error < best:
                 best, kept = error, copy.deepcopy(peer.model.state_dict())
     peer.model.load_state_dict(kept)
@@ -143,12 +141,12 @@ def train(peer: Peer, fold: int | None, seconds: float) -> None:
 
 def main() -> None:
     """Train, and write what is said of the test block."""
-    path, task, fold, seconds, out = sys.argv[1:]
+    path, task, fold, num_steps, out = sys.argv[1:]
     torch.set_num_threads(1)
     split = None if fold == "main" else int(fold)
     with measured():
         peer = Peer(read(Path(path)), task)
-        train(peer, split, float(seconds))
+        train(peer, split, int(num_steps))
         query = protocol.queries(peer.recording, task, "test", split)
         said = peer.say(query).double().numpy()
     num_parameters = sum(parameter.numel() for parameter in peer.model.parameters())
