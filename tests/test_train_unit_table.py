@@ -224,5 +224,15 @@ def test_rows_follow_their_keys_into_another_table(choose: Callable[[list[str]],
             assert torch.equal(tensor[row], expected)
 
 
+def test_a_table_that_is_put_back_is_as_it_began() -> None:
+    """A spike that is undone has moved rows that the checkpoint before it does not have."""
+    table, untouched = (UnitTable(KEYS, 4, CPU, averages=True) for _ in range(2))
+    used(table, torch.tensor([[0, 2]]))
+    assert not torch.equal(table.weight, untouched.weight)
+    table.reset()
+    for name, tensor in table.state().items():
+        assert torch.equal(tensor, untouched.state()[name]), name
+
+
 def test_a_table_of_strangers_takes_nothing_over() -> None:
     assert UnitTable(["x"], 4, CPU).load(UnitTable(KEYS, 4, CPU).state(), KEYS) == 0

@@ -251,6 +251,7 @@ def restore(engine: "Engine", checkpoint: Checkpoint) -> int:
                 values = checkpoint.parameter(piece.name, kind, piece.start, piece.start + piece.size)
                 flat[piece.place : piece.place + piece.size] = values
     chance.restore(checkpoint.path)
+    engine.table.reset()  # a spike that is undone has moved rows that had not moved at the checkpoint
     for rows, keys in table_files.parts(checkpoint.path):  # one file at a time: a rank's memory is its own rows'
         engine.table.load(rows, keys)
     engine.table.saved_in = checkpoint.path, checkpoint.step

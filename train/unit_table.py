@@ -126,10 +126,22 @@ class UnitTable:
     def _append(self, keys: list[str]) -> None:
         """Hold fresh rows for these keys as well."""
         self.keys += keys
-        drawn = initial_rows(keys, self.weight.shape[1])
-        for name, tensor in self._state.items():
-            fresh = drawn if name in ("weight", "average") else tensor.new_zeros(len(keys), *tensor.shape[1:])
-            self._state[name] = torch.cat([tensor, fresh.to(tensor.device)])
+        for name, rows in self._fresh(keys).items():
+            self._state[name] = torch.cat([self._state[name], rows])
+
+    def _fresh(self, keys: list[str]) -> dict[str, Tensor]:
+        """State of rows before anything is learned."""
+        drawn = initial_rows(keys, self.weight.shape[1]).to(self.weight.device)
+        return {
+            name: drawn if name in ("weight", "average") else tensor.new_zeros(len(keys), *tensor.shape[1:])
+            for name, tensor in self._state.items()
+        }
+
+    def reset(self) -> None:
+        """Put the rows held here back to what they were before anything was learned: a checkpoint has no other rows."""
+        moved = self._state["moved_at"].nonzero().flatten()
+        for name, rows in self._fresh([self.keys[row] for row in moved.tolist()]).items():
+            self._state[name][moved] = rows
 
     def discard(self) -> None:
         """Forget what was fetched, and its gradients: at the end of a step, or of one that is skipped."""
