@@ -4,6 +4,7 @@ In: made-up rows. Out: metrics.jsonl, validation.jsonl, event files, what a stan
 """
 
 import json
+import math
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -15,7 +16,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from train_builders import tiny_run
 
 from train.config import ConfigError, RunConfig
-from train.metrics import METRICS, VALIDATION, MetricsLog, keep_rows, read_metrics, read_rows
+from train.metrics import METRICS, VALIDATION, MetricsLog, keep_rows, read_metrics, read_rows, step_row
+from train.run_folder import Growing
 
 RUN = replace(tiny_run(num_steps=8), log_every=4)
 
@@ -70,6 +72,22 @@ def test_a_row_that_a_crash_cut_off_does_not_stop_a_resume(tmp_path: Path) -> No
     assert [row["step"] for row in read_metrics(tmp_path)] == [0, 1]
     MetricsLog(tmp_path, RUN, 1).close()
     assert read_metrics(tmp_path) == [{"step": 0}]
+
+
+def test_what_is_not_finite_is_null_for_any_reader_of_json_and_nan_for_ours(tmp_path: Path) -> None:
+    for part in (range(2), range(1, 3)):  # the second begins with what the first has kept
+        log = MetricsLog(tmp_path, RUN, part[0])
+        for step in part:
+            log.write({**row(step), "loss": math.nan if step == 0 else math.inf})
+        log.write_validation(validation(part[-1] + 1, math.nan))
+        log.close()
+    for line in ((tmp_path / METRICS).read_text() + (tmp_path / VALIDATION).read_text()).splitlines():
+        json.loads(line, parse_constant=pytest.fail)
+    rows = read_metrics(tmp_path)
+    assert [each["step"] for each in rows] == [0, 1, 2] and all(math.isnan(each["loss"]) for each in rows)
+    assert read_rows(tmp_path / VALIDATION)[-1]["scores"][0]["deviance_explained"] is None
+    growing = Growing(tmp_path / METRICS, step_row)
+    assert [math.isnan(each["loss"]) for each in growing.rows()] == [True] * 3
 
 
 def test_rows_are_kept_to_the_last_digit(tmp_path: Path) -> None:

@@ -29,6 +29,7 @@ from train.dataset import Window, WindowReader, budget, make_sample
 from train.hostfile import Host
 from train.launch import launch
 from train.masking import Mask
+from train.metrics import read_metrics
 from train.model.modeling_brainloom import BrainloomForPreTraining
 from train.trained import Trained
 from train.unit_table import UnitTable
@@ -305,6 +306,6 @@ def with_small_threshold(run: RunConfig, folder: Path) -> RunConfig:
 
 def losses(run_dir: Path) -> list[float]:
     """The loss of every step, as metrics.jsonl keeps it."""
-    rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    rows = read_metrics(run_dir)
     assert [row["step"] for row in rows] == list(range(len(rows)))
     return [row["loss"] for row in rows]

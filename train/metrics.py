@@ -4,7 +4,9 @@ In: numbers of a step; recorded and predicted values. Out: rows that anyone can 
 """
 
 import json
+import math
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -70,8 +72,26 @@ class MetricsLog:
 
 
 def _append(file: Any, row: Row) -> None:
-    file.write(json.dumps(row) + "\n")
+    file.write(line_of(row))
     file.flush()
+
+
+def line_of(row: Row) -> str:
+    """A row as a line of JSON, which has no NaN and no infinity: null."""
+    return json.dumps(_finite(row)) + "\n"
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _finite(inner) for name, inner in value.items()}
+    if isinstance(value, list):
+        return [_finite(inner) for inner in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def step_row(line: str | bytes) -> Row:
+    """The row of a step that a line tells; null is a number that was not finite."""
+    return {name: math.nan if value is None else value for name, value in json.loads(line).items()}
 
 
 def task_name(score: Row) -> str:
@@ -84,20 +104,20 @@ def keep_rows(path: Path, last_step: int) -> list[Row]:
     rows = [row for row in read_rows(path) if row["step"] <= last_step]
     if path.exists():
         whole = path.with_suffix(".partial")
-        whole.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        whole.write_text("".join(map(line_of, rows)))
         whole.replace(path)
     return rows
 
 
-def read_rows(path: Path) -> list[Row]:
+def read_rows(path: Path, parse: Callable[[str], Row] = json.loads) -> list[Row]:
     """The rows of a file that may be growing; a last line without its end is not one yet. None where no file is."""
     text = path.read_text() if path.exists() else ""
-    return [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
+    return [parse(line) for line in text[: text.rfind("\n") + 1].splitlines()]
 
 
 def read_metrics(run_dir: Path) -> list[Row]:
     """A row per step."""
-    return read_rows(run_dir / METRICS)
+    return read_rows(run_dir / METRICS, step_row)
 
 
 def deviances(modality: str, truth: Array, expected: Array) -> npt.NDArray[np.float64]:

@@ -6,6 +6,7 @@ In: a folder, of a run that is over, goes on, or has only begun. Out: plain data
 import contextlib
 import json
 import os
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from typing import Any
 from prep.settings import ConfigError
 from train import config
 from train.incident_log import INCIDENTS
-from train.metrics import METRICS, VALIDATION, Row, task_name
+from train.metrics import METRICS, VALIDATION, Row, step_row, task_name
 
 PHASES = ("data_wait", "forward", "backward", "communication", "optimizer", "other")
 
@@ -33,6 +34,7 @@ class Growing:
     """The rows of a file to which a run adds; each call reads what is new."""
 
     path: Path
+    parse: Callable[[bytes], Row] = json.loads
     _rows: list[Row] = field(default_factory=list)
     _file: int = 0  # inode: a resumed run puts another file there
     _offset: int = 0
@@ -49,7 +51,7 @@ class Growing:
             new = file.read()
         whole = new[: new.rfind(b"\n") + 1]
         self._offset += len(whole)
-        self._rows += [json.loads(line) for line in whole.splitlines()]
+        self._rows += [self.parse(line) for line in whole.splitlines()]
         return self._rows
 
 
@@ -68,7 +70,7 @@ class RunFolder:
         if not (path / "config.yaml").exists():
             raise ConfigError(f"{path} is no run folder: it has no config.yaml. Give the OUT of a `make train`.")
         self.run = config.load(path / "config.yaml")
-        self._files = [Growing(path / name) for name in (METRICS, VALIDATION, INCIDENTS)]
+        self._files = [Growing(path / METRICS, step_row), Growing(path / VALIDATION), Growing(path / INCIDENTS)]
 
     @property
     def name(self) -> str:
