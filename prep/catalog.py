@@ -94,7 +94,7 @@ def _has_bytes(path: str, num_bytes: int) -> bool:
     """Whether a file of this size is there; strings, since stores have many files."""
     try:
         found = os.stat(path)
-    except OSError:
+    except OSError:  # not there, or nobody may look
         return False
     return stat.S_ISREG(found.st_mode) and found.st_size == num_bytes
 

@@ -339,7 +339,7 @@ class Store:
         """What the last ingest did not take, in lines of JSON; "" where there is nothing."""
         try:
             return self._files.latest(FAILURES).decode(errors="replace")
-        except FileNotFoundError:
+        except FileNotFoundError:  # all was taken
             return ""
 
     def _open_session(self, index: int) -> Session:

@@ -65,7 +65,7 @@ def guarded(where: str, function: Callable[..., Any], *args: Any) -> Any:
     """Run a task; its error comes back as one line that names the object."""
     try:
         return function(*args)
-    except Exception as error:
+    except Exception as error:  # of this object alone: the others go on, and it is in the summary
         return Failed(where, one_line(error), count_objects(getattr(error, "coverage", ())))
     finally:
         _give_back_memory()

@@ -38,7 +38,7 @@ def remembering(job_class: Any) -> Any:
         async def start(self) -> None:
             try:
                 await super().start()
-            except Exception as error:
+            except Exception as error:  # kept, and said by `Workforce`
                 self.refusal = _said(str(error))
                 await ProcessInterface.start(self)  # counts as started: `Workforce` takes it away
 

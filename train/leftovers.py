@@ -42,7 +42,7 @@ def is_stale(lock: Path, before: float) -> bool:
     """Is a lock file older than `before` (seconds since 1970), and held by no process that this one can see?"""
     try:
         status = lock.stat()
-    except FileNotFoundError:
+    except FileNotFoundError:  # let go just now
         return False
     if status.st_mtime >= before or status.st_uid != os.getuid():
         return False  # another user's open files cannot be seen

@@ -106,7 +106,7 @@ class Peers:
     def _get(self, key: str, patience: timedelta) -> bytes | None:
         try:
             self._store.wait([key], patience)
-        except dist.DistError:
+        except dist.DistError:  # nobody has said it in time: the caller says who
             return None
         return bytes(self._store.get(key))
 

@@ -48,7 +48,7 @@ def is_stopped(pid: int) -> bool:
     """Has a process been stopped by a signal (state T, proc(5))? A debugger's (t) has not."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "T"
-    except OSError:
+    except OSError:  # it has ended
         return False
 
 

@@ -144,7 +144,7 @@ def _is_same(cell: str, wanted: str) -> bool:
         return True
     try:
         return float(cell) == float(wanted)
-    except ValueError:
+    except ValueError:  # one of them is no number
         return False
 
 
