@@ -23,7 +23,7 @@ from train.engine import Engine, parameter_groups
 
 # hpZ is last: DeepSpeed makes its groups once in a process, and every later engine would use them.
 STAGES = ("zero3", "zero1", "zero2", "zero3_offload", "zero3_hpz")
-NUM_STEPS, SAVED_AT = 7, 5  # each stage sums in an order of its own: rounding grows tenfold a step, 1e-6 by now
+NUM_STEPS, SAVED_AT = 8, 5
 
 
 def with_mechanics(run: RunConfig, name: str, folder: Path) -> RunConfig:
