@@ -11,13 +11,14 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import batch_system
 import pytest
 from batch_system import cluster_file, recordings
+from processes import wait_for
 from store_builders import tree
 
 import prep.cluster
@@ -62,14 +63,6 @@ def end(process: "subprocess.Popen[str]") -> tuple[int, str, str]:
     finally:
         process.kill()
     return process.returncode, shown, errors
-
-
-def wait_for(what: Callable[[], bool]) -> None:
-    """Wait until `what` is true."""
-    deadline = time.monotonic() + PATIENCE_S
-    while not what():
-        assert time.monotonic() < deadline, "waited in vain"
-        time.sleep(0.05)
 
 
 @pytest.fixture(scope="module")
@@ -272,7 +265,7 @@ def test_while_all_workers_are_busy_there_are_more_of_them_up_to_the_maximum(tmp
     config = load(cluster_file(tmp_path, **LOCAL | {"workers": None, "adaptive": "{maximum: 3}"}))
     with connect(None, 1, config) as client:
         future = client.submit(time.sleep, 20)
-        wait_for(lambda: len(client.nthreads()) == 3)
+        wait_for(lambda: len(client.nthreads()) == 3, "three workers", PATIENCE_S)
         future.cancel()
 
 
@@ -282,7 +275,7 @@ def test_idle_workers_leave(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(prep.worker_jobs, "INTERVAL_S", 0.2)
     config = load(cluster_file(tmp_path, **LOCAL | {"workers": None, "adaptive": "{maximum: 2}"}))
     with connect(None, 1, config) as client:
-        wait_for(lambda: not client.nthreads())
+        wait_for(lambda: not client.nthreads(), "all workers to leave", PATIENCE_S)
         assert client.submit(int, "7").result(PATIENCE_S) == 7
 
 
@@ -301,13 +294,13 @@ def quick(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
 def test_jobs_that_die_are_replaced(quick: Path, tmp_path: Path) -> None:
     config = load(cluster_file(tmp_path, **SLURM | {"workers": 4, "workers_per_job": 2, "interface": "lo"}))
     with connect(None, 1, config) as client:
-        wait_for(lambda: len(client.nthreads()) == 4)
+        wait_for(lambda: len(client.nthreads()) == 4, "four workers", PATIENCE_S)
         assert batch_system.kill_jobs(quick) == 2
-        wait_for(lambda: not client.nthreads())
+        wait_for(lambda: not client.nthreads(), "all workers to leave", PATIENCE_S)
         assert client.submit(int, "7").result(PATIENCE_S) == 7
-        wait_for(lambda: len(client.nthreads()) == 4)
+        wait_for(lambda: len(client.nthreads()) == 4, "four workers", PATIENCE_S)
     assert len(list(quick.glob("*.script"))) == 4
-    wait_for(lambda: not batch_system.running(quick))
+    wait_for(lambda: not batch_system.running(quick), "the jobs to end", PATIENCE_S)
 
 
 @pytest.mark.slow
@@ -338,7 +331,7 @@ def their_cluster(folder: Path) -> Iterator[tuple[str, "subprocess.Popen[bytes]"
     dask = [sys.executable, "-m", "dask"]
     where = ["--host", "127.0.0.1", "--no-dashboard", "--scheduler-file", str(address)]
     scheduler = subprocess.Popen([*dask, "scheduler", "--port", "0", *where], cwd=folder, **quiet)
-    wait_for(address.exists)
+    wait_for(address.exists, "the scheduler's file", PATIENCE_S)
     words = ["worker", "--nworkers", "2", "--nthreads", "1", "--no-dashboard", "--scheduler-file", str(address)]
     workers = subprocess.Popen([*dask, *words, "--death-timeout", "20"], cwd=folder, start_new_session=True, **quiet)
     try:
@@ -362,7 +355,7 @@ def test_a_scheduler_that_dies_ends_the_run_with_one_line_and_the_next_one_ends_
     folder, store = recordings(tmp_path / "in", slow_s=1.0), tmp_path / "store"
     with their_cluster(tmp_path) as (address, scheduler):
         process = start(folder, store, "--scheduler", address)
-        wait_for(lambda: is_under_way(store))
+        wait_for(lambda: is_under_way(store), "the first shard", PATIENCE_S)
         scheduler.kill()
         killed = time.monotonic()
         code, shown, errors = end(process)
@@ -386,7 +379,7 @@ def test_a_client_that_is_killed_leaves_the_workers_of_others_to_the_next_run(
     folder, store = recordings(tmp_path / "in", slow_s=0.5), tmp_path / "store"
     with their_cluster(tmp_path) as (address, _):
         process = start(folder, store, "--scheduler", address)
-        wait_for(lambda: is_under_way(store))
+        wait_for(lambda: is_under_way(store), "the first shard", PATIENCE_S)
         process.kill()
         end(process)
         code, shown, errors = end(start(folder, store, "--scheduler", address))
@@ -400,10 +393,11 @@ def test_a_batch_systems_jobs_end_with_a_client_that_is_killed(tmp_path: Path) -
     path = cluster_file(tmp_path, **SLURM, interface="lo")
     folder, store = recordings(tmp_path / "in", slow_s=2.0), tmp_path / "store"
     process = start(folder, store, "--cluster", str(path), path=str(commands))
-    wait_for(lambda: is_under_way(store) and len(batch_system.running(commands)) == 2)
+    wait_for(lambda: is_under_way(store), "the first shard", PATIENCE_S)
+    wait_for(lambda: len(batch_system.running(commands)) == 2, "two jobs", PATIENCE_S)
     process.kill()
     end(process)
-    wait_for(lambda: not batch_system.running(commands))
+    wait_for(lambda: not batch_system.running(commands), "the jobs to end", PATIENCE_S)
 
 
 # ---------------------------------------------------------------- progress
@@ -439,4 +433,4 @@ def test_a_worker_that_never_closes_does_not_keep_the_run(monkeypatch: pytest.Mo
         for worker in client.cluster.workers.values():
             worker.close = never
     assert time.monotonic() - began < PATIENCE_S / 2
-    wait_for(lambda: not multiprocessing.active_children())
+    wait_for(lambda: not multiprocessing.active_children(), "the workers to end", PATIENCE_S)

@@ -7,13 +7,13 @@ import os
 import signal
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 from batch_system import cluster_file, recordings
+from processes import wait_for
 from slurm_on_one_machine import Slurm, slurm, why_not
 from store_builders import tree
 
@@ -79,14 +79,6 @@ def expected(nodes: Slurm, folder: Path, store: Path) -> dict[str, str]:
     return tree(store)
 
 
-def wait_for(what: Callable[[], bool], patience_s: float = PATIENCE_S) -> None:
-    """Wait until `what` is true."""
-    deadline = time.monotonic() + patience_s
-    while not what():
-        assert time.monotonic() < deadline, "waited in vain"
-        time.sleep(0.1)
-
-
 def test_make_prep_by_the_jobs_of_two_nodes_writes_what_one_machine_writes(nodes: Slurm, tmp_path: Path) -> None:
     write_brain(tmp_path / "in", None, "test", 0)
     words = ["make", "-o", ".venv/installed", "prep", f"SRC={tmp_path / 'in'}", "DATASET=d1"]
@@ -105,7 +97,7 @@ def test_make_prep_by_the_jobs_of_two_nodes_writes_what_one_machine_writes(nodes
 def test_a_job_that_is_cancelled_midway_is_replaced_and_the_bytes_are_the_same(nodes: Slurm, tmp_path: Path) -> None:
     folder, store = recordings(tmp_path / "in", slow_s=0.8), tmp_path / "store"
     process = start(nodes, folder, store, two_nodes(tmp_path))
-    wait_for(lambda: any(store.glob("d1/.s*.partial.zarr/streams/*/values/c/0/0/0")))
+    wait_for(lambda: any(store.glob("d1/.s*.partial.zarr/streams/*/values/c/0/0/0")), "the first shard", PATIENCE_S)
     before = nodes.jobs("running")
     nodes.run("scancel", *before)  # both: nobody is left who could go on
     code, shown, errors = end(process)
@@ -131,11 +123,11 @@ def test_jobs_end_with_the_client(how: signal.Signals, nodes: Slurm, tmp_path: P
     folder, store = recordings(tmp_path / "in", slow_s=3), tmp_path / "store"
     before = set(nodes.jobs())
     process = start(nodes, folder, store, two_nodes(tmp_path))
-    wait_for(lambda: any(store.glob("d1/.s*.partial.zarr/streams")))
+    wait_for(lambda: any(store.glob("d1/.s*.partial.zarr/streams")), "a session in hand", PATIENCE_S)
     process.send_signal(how)
     code, _, errors = end(process)
     assert code == {signal.SIGKILL: -9, signal.SIGTERM: 130, signal.SIGINT: 130}[how], errors
-    wait_for(lambda: not set(nodes.jobs()) - before, patience_s=60)
+    wait_for(lambda: not set(nodes.jobs()) - before, "the jobs to end", 60)
 
 
 def test_a_job_that_is_refused_is_said_in_the_batch_systems_words(nodes: Slurm, tmp_path: Path) -> None:

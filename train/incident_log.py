@@ -3,10 +3,11 @@
 In: a row. Out: a line of JSON, with the time.
 """
 
-import json
 import time
 from pathlib import Path
 from typing import Any
+
+from train.metrics import line_of
 
 INCIDENTS = "incidents.jsonl"
 
@@ -14,4 +15,4 @@ INCIDENTS = "incidents.jsonl"
 def append(run_dir: Path, row: dict[str, Any]) -> None:
     """Add a row: a step, what it was, and more. Any process may: a line is one write."""
     with open(run_dir / INCIDENTS, "a") as file:
-        file.write(json.dumps({**row, "unix_s": time.time()}) + "\n")
+        file.write(line_of({**row, "unix_s": time.time()}))

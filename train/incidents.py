@@ -4,8 +4,6 @@ In: what a step found, on every rank. Out: rows of incidents.jsonl, which nothin
 windows that it could not read; a TrainingError once too many steps in a row were skipped.
 """
 
-import json
-import math
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -17,6 +15,7 @@ from torch import Tensor
 from train import incident_log
 from train.loader import Skipped, TrainingSamples
 from train.loss_watch import LossWatch
+from train.metrics import line_of
 from train.modalities import PREDICTED
 
 
@@ -48,7 +47,7 @@ class Incidents:
             self._num_skipped = 0
             return self._watch.spike(step, self._run.turn(step), loss)
         self._num_skipped += 1
-        self._write({"step": step, "what": "skipped", "loss": _number(loss), "windows": self._named(step, windows)})
+        self._write({"step": step, "what": "skipped", "loss": loss, "windows": self._named(step, windows)})
         if self._num_skipped == self._run.faults.max_bad_steps:
             raise TrainingError(
                 f"{self._num_skipped} steps in a row, up to step {step}, had a loss or a gradient that is not finite. "
@@ -75,7 +74,7 @@ class Incidents:
     def _window(self, position: int, nats: Tensor, values: Tensor) -> dict[str, Any]:
         session, start_s = self._samples.window_at(position)
         by_modality = zip(PREDICTED, (nats / values).tolist(), values.tolist(), strict=True)
-        losses = {name: _number(loss) for name, loss, count in by_modality if count}
+        losses = {name: loss for name, loss, count in by_modality if count}
         return {"position": position, "session": session, "start_s": start_s, "nats": losses}
 
     def _write(self, row: dict[str, Any]) -> None:
@@ -83,12 +82,7 @@ class Incidents:
             return
         self._append(row)
         told = {name: value for name, value in row.items() if name != "windows"}
-        print(f"incident: {json.dumps(told)} (more in {self._path})", flush=True)
+        print(f"incident: {line_of(told).rstrip()} (more in {self._path})", flush=True)
 
     def _append(self, row: dict[str, Any]) -> None:
         incident_log.append(self._path.parent, row)
-
-
-def _number(value: float) -> float | None:
-    """JSON has no NaN and no infinity: null."""
-    return value if math.isfinite(value) else None
