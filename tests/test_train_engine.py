@@ -24,6 +24,8 @@ from train.engine import Engine, parameter_groups
 # hpZ is last: DeepSpeed makes its groups once in a process, and every later engine would use them.
 STAGES = ("zero3", "zero1", "zero2", "zero3_offload", "zero3_hpz")
 NUM_STEPS, SAVED_AT = 8, 5
+# Of losses, in eight steps at a rate of 1e-4: 6e-7 between stages, 2e-5 for a rate of vectors that is wrong by 1 %.
+ROUNDING = 2e-6
 
 
 def with_mechanics(run: RunConfig, name: str, folder: Path) -> RunConfig:
@@ -69,12 +71,13 @@ def difference(one: Path, other: Path) -> float:
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_every_stage_has_the_losses_of_zero3_and_resumes_from_any_other(tmp_path: Path) -> None:
-    run = tiny_run(num_steps=NUM_STEPS, average_steps=6, vector_lr_scale=0.5)
+    run = tiny_run(num_steps=NUM_STEPS, average_steps=6, vector_lr_scale=0.5, lr=1e-4)
     runs = train_each(tmp_path, run, STAGES)
-    assert {name: difference(out, runs["zero3"]) < 1e-5 for name, out in runs.items()} == dict.fromkeys(STAGES, True)
+    found = {name: difference(out, runs["zero3"]) for name, out in runs.items()}
+    assert {name: found[name] < ROUNDING for name in STAGES} == dict.fromkeys(STAGES, True), found
     resumed = hand_round(runs, run, tmp_path)
     for name, out in resumed.items():
-        assert difference(out, runs["zero3"]) < 1e-5, name
+        assert difference(out, runs["zero3"]) < ROUNDING, name
     assert "resuming from" in (resumed["zero3"] / "logs" / "rank-00000.log").read_text()
 
 
