@@ -42,13 +42,19 @@ class Shown:
         asked = sum(int(stream.asked.sum()) for stream in windows[0])
         return np.zeros((len(windows), asked, 12))
 
+    def first_s(self) -> float:
+        """Where in the first window the first token lies that it shows."""
+        return min(
+            float(stream.start_s[stream.visible.any(1)].min()) for stream in self.windows[0] if stream.visible.any()
+        )
+
     def visible(self) -> dict[str, list[tuple[float, float, float]]]:
-        """(start, stop, count) of every sample that the first window shows, by source; seconds from its start."""
+        """(start, stop, count) of every sample that the first window shows, by source; seconds from the first."""
         seen: dict[str, list[tuple[float, float, float]]] = {}
         for stream in self.windows[0]:
             for k, s in zip(*np.nonzero(stream.visible), strict=True):
                 for p, value in enumerate(stream.values[k, s]):
-                    start = float(stream.start_s[k] + p * stream.sample_s)
+                    start = float(stream.start_s[k] + p * stream.sample_s) - self.first_s()
                     seen.setdefault(stream.keys[s], []).append((start, start + stream.sample_s, float(value)))
         return seen
 
@@ -88,7 +94,7 @@ def test_what_is_asked_stands_where_the_protocol_asks() -> None:
         hub = Shown()
         predict(hub, recording, task, time)
         stream = next(s for s in hub.windows[0] if s.asked.any())
-        begins = stream.start_s[stream.asked.any(1)] + ADMITTED[task][0]
+        begins = stream.start_s[stream.asked.any(1)] - hub.first_s() + ADMITTED[task][0]
         asked[task] = (stream.modality, len(stream.keys), begins.round(9).tolist())
         assert np.isnan(stream.values[stream.asked]).all()
     assert asked["hd_acausal"] == asked["hd_causal"] == ("behavior", 2, [0.0])

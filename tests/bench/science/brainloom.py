@@ -25,6 +25,8 @@ BIN_S, BINS_PER_TOKEN = protocol.BIN_S, 5
 TOKEN_S = BIN_S * BINS_PER_TOKEN
 FRAMES_PER_TOKEN = 3
 BATCH = 256
+# Windows of a heading: their length, and where in them the second lies that is seen; chosen on the valid blocks.
+HEADING_WINDOW_S = {"hd_acausal": (1.0, 0.0), "hd_causal": (2.0, 0.5)}
 SEEN_S = {"hd_acausal": -0.5, "hd_causal": -1.0, "cosmooth": -0.5, "forecast": -protocol.FORECAST_PAST_S}
 RUNS = {"head_direction_A2929": "head_direction.yaml", "miniscope_A0634": "miniscope.yaml"}
 TASKS = {
@@ -150,15 +152,16 @@ def _heading(hub: Hub, recording: Recording, task: str, time: np.ndarray) -> np.
     channels = hub.keys(2)
     if [key.rsplit("/", 1)[1] for key in channels] != ["cos", "sin"]:
         raise RuntimeError(f"the hub folder has the channels {channels}; expected the heading's cos and sin alone")
-    start_s, yes = TOKEN_S * np.arange(10), np.ones(10, bool)
-    at = np.array([-SEEN_S[task]])
+    context_s, first_s = HEADING_WINDOW_S[task]
+    start_s, yes = first_s + TOKEN_S * np.arange(10), np.ones(10, bool)
+    at = np.array([first_s - SEEN_S[task]])
     nothing = np.full((1, 2, 1), np.nan, np.float32)
     asked = hub.stream(channels, "behavior", nothing, at, sample_s=BIN_S, seen=np.zeros(1, bool))
     windows = [
         [hub.stream(hub.keys(0), "spikes", seen, start_s, sample_s=BIN_S, seen=yes), asked]
         for seen in _seen(recording, task, time, 10)
     ]
-    return hub.ask(windows, 1.0)[:, :, 0]
+    return hub.ask(windows, context_s)[:, :, 0]
 
 
 def _cosmooth(hub: Hub, recording: Recording, time: np.ndarray) -> np.ndarray:
