@@ -152,6 +152,34 @@ def test_a_session_without_stimulus_and_behaviour_is_said_to_have_nothing_to_inf
     assert "no stimulus, no behaviour" in capsys.readouterr().out
 
 
+def held_out(parent: Path, begin_s: float = 12_000_000, label: str = "train") -> Path:
+    """A store of one new session, which begins anywhere, in one split."""
+    (parent / "recording.txt").write_text("stands for an NWB file")
+    plan = tiny_session(parent / "recording.txt", "full", 7, begin_s)
+    keys = [key.replace("d1/", "d2/") for key in plan.units.unit_key]
+    begin_ns, units = plan.splits[0][0], replace(plan.units, unit_key=keys)
+    plan = replace(plan, dataset_id="d2", units=units, splits=((begin_ns, begin_ns + 24_000_000_000, label),))
+    write_plan(plan, target(parent / "store", plan))
+    catalog.write(parent / "store")
+    return parent / "store"
+
+
+def test_a_recording_that_begins_before_zero_is_inferred_like_any_other(hub: Path, tmp_path: Path) -> None:
+    """Clocks may count from an event: prep keeps times below zero."""
+    adapted, known = open_hub(hub, Store(str(held_out(tmp_path, begin_s=-5.0))))
+    assert adapt.infer_all(adapted, 0, known) > 0
+    rows = adapted.table.weight[torch.from_numpy(adapted.reader.sources(0).row)]
+    assert rows[torch.from_numpy(adapted.reader.sources(0).modality == 0)].any(1).all()
+
+
+def test_what_was_not_inferred_is_not_said_to_be(hub: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    store = held_out(tmp_path, label="test")
+    assert adapt.main(arguments(hub, store, tmp_path / "adapted")) == 0
+    report = json.loads((tmp_path / "adapted" / "adapt.json").read_text())
+    assert (report["inferred"], report["support_windows"]) == (0, [0])
+    assert "d2/full: no window in its train split: 6 new units have measured features only" in capsys.readouterr().out
+
+
 def test_a_dry_run_writes_nothing(hub: Path, other: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert adapt.main(arguments(hub, other, tmp_path / "dry", dry_run=True)) == 0
     assert "19 sources: 4 known, 15 new" in capsys.readouterr().out and not (tmp_path / "dry").exists()

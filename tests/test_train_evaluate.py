@@ -5,6 +5,7 @@ In: a moved model on a tiny store, references made up for it. Out: rows, and pre
 
 import argparse
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +13,14 @@ import numpy as np
 import pytest
 import torch
 from scipy.special import xlogy
-from train_builders import handmade_run, moved_trained, tiny_run, tiny_store
+from store_builders import target, write_plan
+from train_builders import batch_of, handmade_run, moved_trained, one_window, tiny_run, tiny_session, tiny_store
 
+from prep import catalog
 from train import evaluate
 from train.checkpoint import CheckpointError
-from train.evaluate import References
+from train.dataset import UNKNOWN_HZ
+from train.evaluate import References, Row, table
 from train.masking import TASKS, Mask, Task, task_mask
 from train.metrics import deviance_explained, deviances
 from train.trained import Trained, load_trained
@@ -116,6 +120,44 @@ def test_where_the_null_has_no_deviance_there_is_nothing_to_explain() -> None:
 
 
 # ---------------------------------------------------------------- rows
+
+
+def test_what_cannot_be_explained_is_null_in_json_and_a_dash_in_print() -> None:
+    row = Row(TASKS[0], has_ceiling=False)
+    row.parts.append({"truth": np.ones(3), "prediction": np.full(3, 0.9), "null": np.ones(3)})
+    row.streams.add("spikes")
+    summary = row.summary()
+    assert summary["deviance_explained"] is None and "NaN" not in json.dumps(summary)
+    assert table([summary]).splitlines()[1].split()[3:6] == ["-", "-", "-"]
+
+
+@pytest.mark.parametrize("spikes", ["poisson", "negative_binomial"])
+def test_of_a_session_that_is_held_out_whole_counts_are_predicted_and_scored(
+    spikes: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "recording.txt").write_text("stands for an NWB file")
+    for number, session_id in enumerate(("full", "imaging")):
+        plan = tiny_session(tmp_path / "recording.txt", session_id, number)
+        begin_ns = plan.splits[0][0]
+        whole = ((begin_ns, begin_ns + 24 * SECOND_NS, "test"),)
+        write_plan(replace(plan, splits=whole) if session_id == "full" else plan, target(tmp_path / "store", plan))
+    catalog.write(tmp_path / "store")
+    run = replace(RUN, model=replace(RUN.model, overrides={**RUN.model.overrides, "likelihoods": {"spikes": spikes}}))
+    held_out = moved_trained(tmp_path / "store", run)
+    sources = held_out.reader.sources(index_of(held_out, "full"))
+    assert sources.mean[sources.modality == 0].tolist() == pytest.approx([UNKNOWN_HZ * 0.02] * 6)
+    assert sources.has_scale.tolist() == (sources.modality == 0).tolist(), "origins have no values"
+    window = one_window(held_out.reader, "full")
+    batch = batch_of(held_out.reader, run, "encoding", [(window, task_mask(TASKS[0], window.tokens, 1.0))])
+    with torch.inference_mode():
+        output = held_out.model(**batch)
+    assert output.loss.isfinite() and (output.predictions[batch["label_mask"]] > 0).all()
+    rows = evaluate.evaluate(held_out, "test", References(None), 3)
+    assert {(row.task.modality, stream) for row in rows for stream in row.streams} >= {("spikes", "spikes")}
+    full = index_of(held_out, "full")
+    assert {row.task.modality for row in rows if (row.column("session") == full).any()} == {"spikes"}
+    number = int((~sources.has_scale & (sources.stream >= 0)).sum())
+    assert f"full: the train split has no sample of {number} sources of traces or behavior" in capsys.readouterr().out
 
 
 def test_every_row_has_the_keys_on_which_checks_rely(trained: Trained) -> None:

@@ -39,7 +39,7 @@ from train.loader import TrainingSamples, batches
 from train.masking import BEHAVIOR, EVENTS, STIMULUS, TASKS, Task, TokenTable, draw_mask, task_mask
 from train.model.likelihoods_brainloom import FAMILIES as LIKELIHOOD_FAMILIES
 from train.model.likelihoods_brainloom import Readout
-from train.model.processing_brainloom import BrainloomProcessor, Stream
+from train.model.processing_brainloom import EVENT_BINS, BrainloomProcessor, Stream
 from train.trained import Trained, take_known_rows
 from train.unit_table import UnitTable
 from train.validation import Validation
@@ -312,10 +312,12 @@ def test_an_outsider_gets_the_same_predictions_and_what_comes_next(trained: Trai
     assert (predictions[0] - torch.from_numpy(expected)).abs().max() < 1e-5
     keys = [key for stream in streams for key in stream.keys]
     assert torch.equal(processor.physical(predictions, inputs["query_source"], keys), predictions), "counts are counts"
-    bins = predictions[..., :5]
-    following = processor.next_event(bins, inputs)
+    assert predictions.shape[2] > event_counts.BINS == EVENT_BINS, (
+        "the model answers for more samples than a token of events has"
+    )
+    following = processor.next_event(predictions, inputs)
     assert following.of_type_in_step.shape == (1, 3, 50)
-    none = torch.exp(-bins.sum())
+    none = torch.exp(-predictions[..., : event_counts.BINS].sum())
     torch.testing.assert_close(following.of_type.sum() + none, torch.ones(()))
 
 

@@ -10,6 +10,8 @@ import json
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -230,6 +232,72 @@ def test_an_unknown_key_is_named(processor: BrainloomProcessor) -> None:
     with pytest.raises(KeyError) as error:
         processor.rows(["d1/full/0", "d1/full/99", "x"])
     assert "2 of 3 sources are not in this model's unit table (first: 'd1/full/99')" in str(error.value)
+
+
+Change = Callable[[Stream], dict[str, Any]]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda s: {"visible": s.visible.T}, r"visible has shape \(6, 10\), expected \(10, 6\)"),
+        (lambda s: {"asked": s.asked[:1]}, r"asked has shape \(1, 6\), expected \(10, 6\)"),
+        (lambda s: {"keys": s.keys[:5]}, r"keys has shape \(5,\), expected \(6,\)"),
+        (lambda s: {"start_s": s.start_s[:9]}, r"start_s has shape \(9,\), expected \(10,\)"),
+        (lambda s: {"offset_s": np.zeros(2)}, r"offset_s has shape \(2,\), expected \(6,\)"),
+        (lambda s: {"values": s.values[0]}, r"Give floats \(K, S, P\)"),
+        (lambda s: {"values": np.nan_to_num(s.values, nan=255).astype(np.uint8)}, "values are uint8"),
+        (lambda s: {"values": np.zeros((10, 6, 99))}, "99 samples a token; this model reads 8"),
+        (lambda s: {"modality": "traces"}, "its keys are of spikes in this model's unit table"),
+        (lambda s: {"modality": "spike"}, "its modality is none of spikes, traces, behavior, events"),
+    ],
+)
+def test_a_stream_that_would_be_read_as_something_else_is_refused(
+    trained: Trained, processor: BrainloomProcessor, change: Change, message: str
+) -> None:
+    *others, spikes = streams_of(export.raw_window(trained, *asked(trained, "full", TASKS[3])))
+    assert spikes.modality == "spikes" and processor([spikes, *others])
+    with pytest.raises(ValueError, match=message):
+        processor([replace(spikes, **change(spikes)), *others])
+
+
+def test_a_window_of_nothing_and_frames_without_times_are_refused(
+    trained: Trained, processor: BrainloomProcessor
+) -> None:
+    raw = export.raw_window(trained, *asked(trained, "full", TASKS[0], at_s=3.0))
+    with pytest.raises(ValueError, match="streams is empty"):
+        processor([])
+    with pytest.raises(ValueError, match=r"frame_time_s \(0,\)\. Give pixels"):
+        processor(streams_of(raw), pixels=raw["pixels"])
+
+
+def test_weights_may_be_loaded_in_half_precision(trained: Trained, hub: Path, processor: BrainloomProcessor) -> None:
+    raw = export.raw_window(trained, *asked(trained, "full", TASKS[0]))
+    inputs = processor(streams_of(raw), raw["pixels"], raw["frame_time_s"], session=raw["session"].tolist())
+    half = BrainloomForPreTraining.from_pretrained(hub, dtype=torch.bfloat16).eval()
+    with torch.inference_mode():
+        whole, found = trained.model(**inputs), half(**inputs)
+    assert next(half.parameters()).dtype == torch.bfloat16
+    moved = (whole.predictions - whole.predictions.mean()).std()
+    assert (found.predictions - whole.predictions).square().mean().sqrt() < 0.05 * moved
+
+
+def test_the_unit_table_goes_to_the_hub_and_comes_back_from_a_folder_of_it(
+    processor: BrainloomProcessor, hub: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    uploaded: dict[str, set[str]] = {}
+
+    def push(self: BrainloomProcessor, repo_id: str, **_: Any) -> None:
+        self.save_pretrained(tmp_path / "work")
+        uploaded[repo_id] = {path.name for path in (tmp_path / "work").iterdir()}
+
+    monkeypatch.setattr(BrainloomProcessor, "push_to_hub", push)
+    written = processor.save_pretrained(tmp_path / "a" / "b", push_to_hub=True, repo_id="me/brain")
+    files = {Path(path).name for path in written}
+    assert {"units.safetensors", "unit_keys.json", "preprocessor_config.json"} <= files <= uploaded["me/brain"]
+    again = BrainloomProcessor.from_pretrained(tmp_path / "a", subfolder="b")
+    assert again.unit_keys == processor.unit_keys
+    assert all(torch.equal(again.units[name], tensor) for name, tensor in processor.units.items())
 
 
 # ---------------------------------------------------------------- the clean process

@@ -306,6 +306,28 @@ def test_a_model_with_any_likelihood_starts_at_its_null_and_has_finite_gradients
     assert any(gradients[f"readout.weight_projs.{kind}.weight"].any() for kind in range(3))
 
 
+def test_the_loss_of_a_gamma_does_not_hang_on_a_scale_that_it_has_not(
+    tmp_path_factory: pytest.TempPathFactory,
+) -> None:
+    run = run_with({"traces": "zero_inflated_gamma"})
+    batch, model = inputs(run, tmp_path_factory, "imaging"), moved_model(run)
+    traces = batch["source_modality"].gather(1, batch["query_source"]) == 1
+    batch["label_mask"] = batch["label_mask"] & traces[..., None]
+    with torch.inference_mode():
+        before = model(**batch)
+        model.readout.bias_proj.bias[1] += 2
+        after = model(**batch)
+    assert not torch.equal(before.log_scale, after.log_scale)
+    assert before.num_values[0, 1] > 0 and torch.equal(before.loss, after.loss)
+
+
+def test_labels_and_their_mask_belong_together(tmp_path_factory: pytest.TempPathFactory) -> None:
+    batch = inputs(tiny_run(), tmp_path_factory, "full")
+    del batch["label_mask"]
+    with pytest.raises(ValueError, match="labels and label_mask belong together"):
+        moved_model(tiny_run())(**batch)
+
+
 def test_the_model_gives_intervals_on_request(tmp_path_factory: pytest.TempPathFactory) -> None:
     run = tiny_run()
     batch = inputs(run, tmp_path_factory, "full")

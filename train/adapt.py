@@ -63,7 +63,7 @@ def main(args: argparse.Namespace) -> int:
         return 0
     began_s = time.perf_counter()
     windows = [infer_all(trained, session, known) for session in range(len(trained.store.entries))]
-    inferred_s = time.perf_counter() - began_s
+    inferred_s, inferred = time.perf_counter() - began_s, int((table.weight.any(1).numpy() & unknown).sum())
     if args.steps:
         fit_rows(trained, unknown, replace(FIT, num_steps=args.steps, unit_lr=args.lr))
     args.out.mkdir(parents=True, exist_ok=True)
@@ -71,7 +71,7 @@ def main(args: argparse.Namespace) -> int:
         "model": str(args.hub.resolve()),
         "store": trained.store.address,
         "known": len(table.keys) - int(unknown.sum()),
-        "inferred": int(unknown.sum()),
+        "inferred": inferred,
         "support_windows": windows,
         "seconds_inferring": round(inferred_s, 1),
         "fit_steps": args.steps,

@@ -27,6 +27,7 @@ from train.sources import CHANNELED, SourceTable, token_streams
 
 Array = npt.NDArray[Any]
 IS_COUNTED = np.array([name in COUNTED for name in MODALITIES])
+UNKNOWN_HZ = 2.5  # rate of a unit of which the train split has no sample: with the model's limits, .006 to 1,000 Hz
 
 
 @dataclass(frozen=True)
@@ -90,6 +91,12 @@ class Sources:
     duration_ns: npt.NDArray[np.int64]  # (S,) of its tokens
     sample_s: npt.NDArray[np.float32]  # (S,) of its samples
     of_stimulus: npt.NDArray[np.bool_]  # (S,) is it a type of events of the stimulus
+
+    @property
+    def has_scale(self) -> npt.NDArray[np.bool_]:
+        """Whose values have a scale (S,): counts, and what the train split has seen change or away from zero."""
+        known: npt.NDArray[np.bool_] = (self.mean != 0) | (self.scale != 1)
+        return known
 
 
 @dataclass
@@ -156,6 +163,9 @@ class WindowReader:
         if is_event:
             place, mean = read_types(opened, entry["splits"])
             scale = np.sqrt(mean)  # the variance of a Poisson count is its mean
+        elif stream["modality"] in COUNTED:
+            unknown = np.float32(UNKNOWN_HZ * stream["sample_ns"] / 1e9)
+            mean, scale = np.where(mean > 0, mean, unknown), np.where(mean > 0, scale, np.sqrt(unknown))
         if first is None:
             rows = self.source_table.channel_rows(entry, stream)[place]
             measured = np.zeros((size, features.shape[1]), np.float32)

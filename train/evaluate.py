@@ -6,6 +6,7 @@ Out: one row per task with deviance explained, ceiling and their ratio; and the 
 
 import argparse
 import json
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -49,10 +50,12 @@ class Row:
             "visible": list(self.task.visible),
             "streams": sorted(self.streams),
             "num_values": len(truth),
-            "deviance_explained": explained,
-            "ceiling": ceiling,
+            "deviance_explained": explained
+            if math.isfinite(explained)
+            else None,  # a null that is right leaves nothing
+            "ceiling": ceiling if ceiling is not None and math.isfinite(ceiling) else None,
             "ceiling_kind": self.ceiling_kind,
-            "fraction_of_ceiling": explained / ceiling if ceiling else None,
+            "fraction_of_ceiling": explained / ceiling if ceiling and math.isfinite(explained / ceiling) else None,
         }
 
 
@@ -115,6 +118,11 @@ def evaluate(trained: Trained, label: str, references: References, num_windows: 
         starts = spread(trained, label, session, num_windows)
         context_ns = round(trained.run.data.context_s * 1e9)
         windows = [trained.reader.read(session, start, context_ns) for start in starts]
+        if windows and (unknown := int((~windows[0].sources.has_scale & (windows[0].sources.stream >= 0)).sum())):
+            print(
+                f"{entry['dataset_id']}/{entry['session_id']}: the train split has no sample of {unknown} sources of "
+                "traces or behavior, whose scale is not known: they are not scored. Give the session a part of it."
+            )
         for task in TASKS:
             if not suits(task, entry):
                 continue
@@ -155,8 +163,8 @@ def _columns(
 ) -> dict[str, Array]:
     """Flatten (tokens, P) into observed samples (n,)."""
     num_samples = stream["samples_per_token"]
-    observed = window.observed[asked, :num_samples]
     source = window.tokens.source[asked]
+    observed = window.observed[asked, :num_samples] & window.sources.has_scale[source][:, None]
     sample_ns = window.token_ns[asked][:, None] + np.arange(num_samples) * stream["sample_ns"]
     null = window.sources.mean[source] if stream["modality"] in COUNTED else np.zeros(len(source), np.float32)
     columns = {
@@ -205,10 +213,10 @@ def table(summaries: list[dict[str, Any]]) -> str:
         f"{'modality':<9} {'task':<13} {'visible':<18} {'explained':>9} {'ceiling':>8} {'share':>6}  kind   streams"
     ]
     for row in summaries:
-        ceiling = "-" if row["ceiling"] is None else f"{row['ceiling']:.3f}"
+        explained, ceiling = ("-" if row[of] is None else f"{row[of]:.3f}" for of in ("deviance_explained", "ceiling"))
         share = "-" if row["fraction_of_ceiling"] is None else f"{row['fraction_of_ceiling']:.0%}"
         lines.append(
-            f"{row['modality']:<9} {row['task']:<13} {'+'.join(row['visible']):<18} {row['deviance_explained']:>9.3f} "
+            f"{row['modality']:<9} {row['task']:<13} {'+'.join(row['visible']):<18} {explained:>9} "
             f"{ceiling:>8} {share:>6}  {row['ceiling_kind']:<6} {', '.join(row['streams'])}"
         )
     return "\n".join(lines)

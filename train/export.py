@@ -100,11 +100,9 @@ def model_card(trained: Trained, evaluation: dict[str, Any] | None) -> str:
     ]
     scores = []
     for row in (evaluation or {}).get("tasks", []):
+        explained = "-" if row["deviance_explained"] is None else f"{row['deviance_explained']:.3f}"
         ceiling = "-" if row["ceiling"] is None else f"{row['ceiling']:.3f} ({row['ceiling_kind']})"
-        scores.append(
-            f"| {row['modality']} | {row['task']} | {', '.join(row['visible'])} | {row['deviance_explained']:.3f} | "
-            f"{ceiling} |"
-        )
+        scores.append(f"| {row['modality']} | {row['task']} | {', '.join(row['visible'])} | {explained} | {ceiling} |")
     return CARD.format(
         core=core,
         units=trained.table.weight.numel(),

@@ -73,6 +73,10 @@ def infer_rows(trained: Trained, session: int, known: Known, say: Callable[[str]
     new = np.flatnonzero(known.unknown[sources.row] & (sources.modality < NUM_ACTIVITY))
     starts = spread(trained, "train", session, MAX_WINDOWS)
     if not len(new) or not starts:
+        if len(new):
+            say(
+                f"no window in its train split: {len(new)} new units have measured features only. Give it a part of it."
+            )
         return 0
     from_known: dict[int, list[Segment]] = {}
     for turn, iterations in enumerate(MAX_ITERATIONS):
@@ -130,7 +134,7 @@ def support_mask(window: Window, units: npt.NDArray[np.int64]) -> Mask:
 
 def others_mask(window: Window, units: npt.NDArray[np.int64]) -> Mask:
     """The new units are asked, each from the units of other folds, new ones or not; nothing else is seen."""
-    mask = draw_mask("leave_out", window.tokens, 0.0, np.random.default_rng(window.start_ns))
+    mask = draw_mask("leave_out", window.tokens, 0.0, np.random.default_rng(window.start_ns % 2**63))
     return replace(mask, asked=mask.asked & np.isin(window.tokens.source, units))
 
 

@@ -43,6 +43,7 @@ from .readout_brainloom import (
     BrainloomReadout,
     BrainloomZeroLinear,
     interpolate,
+    sample_times,
     time_grid,
 )
 from .stimulus_brainloom import BrainloomPatches, in_order_of_time
@@ -227,6 +228,8 @@ class BrainloomModel(BrainloomPreTrainedModel):
             frame_mask: which frames are visible (B, F), bool.
             context_s: length of the window in seconds; the configuration's if not given.
         """
+        dtype = self.latent_embed.dtype  # which users may choose when they load
+        unit_embeds, unit_features = unit_embeds.to(dtype), unit_features.to(dtype)
         identity_BSD, traits_BSE = self.identity(unit_embeds, unit_features, source_modality)
         pixels, frame_time_s, frame_mask = in_order_of_time(pixels, frame_time_s, frame_mask)
         observed_BNP = input_observed & input_mask[..., None]
@@ -404,6 +407,8 @@ class BrainloomForPreTraining(BrainloomPreTrainedModel):
         source_fold: Tensor | None = None,
     ) -> BrainloomPreTrainingOutput:
         """What sources of these identities and traits say by features (B, G, 3 D); the rest is `forward`'s."""
+        if (labels is None) != (label_mask is None):
+            raise ValueError("labels and label_mask belong together: give both for a loss, or neither.")
         leaks = source_modality == TRACES
         readout_BSGR = self.readout(features, *identity, leaks, own, left_out, source_fold).float()
         modality_BQ = source_modality.gather(1, query_source)
@@ -419,9 +424,10 @@ class BrainloomForPreTraining(BrainloomPreTrainedModel):
             nats, num_values = sum_by_modality(excess, label_mask, modality_BQ)
             # beta-NLL (Seitzer 2022): else what is hard to predict is called uncertain, and its mean is never learned
             tempered = excess * torch.exp(2 * self.config.scale_tempering * readout.log_std.detach())
-            tempered, _ = sum_by_modality(
-                torch.where(is_counted(modality_BQ1), excess, tempered), label_mask, modality_BQ
-            )
+            scaleless = is_counted(modality_BQ1)
+            if self.config.likelihoods["traces"] == "zero_inflated_gamma":  # has a shape; nothing teaches it a scale
+                scaleless = scaleless | (modality_BQ1 == TRACES)
+            tempered, _ = sum_by_modality(torch.where(scaleless, excess, tempered), label_mask, modality_BQ)
             weight = nats.new_tensor([self.config.modality_weights[name] for name in PREDICTED])
             loss = (weight * tempered / num_values.clamp(min=1)).sum(1).mean()
         return BrainloomPreTrainingOutput(
@@ -437,13 +443,6 @@ class BrainloomForPreTraining(BrainloomPreTrainedModel):
 def is_counted(modality: Tensor) -> Tensor:
     """Whose values are counts in bins; of the shape of what is given, indices into MODALITIES."""
     return torch.stack([modality == MODALITIES.index(name) for name in COUNTED]).any(0)
-
-
-def sample_times(start_s: Tensor, sample_s: Tensor, is_count: Tensor, num_samples: int) -> Tensor:
-    """When each sample of a token is (B, N, P): a count in the middle of its bin, a trace at its instant."""
-    sample = torch.arange(num_samples, device=start_s.device)
-    time_s: Tensor = start_s[..., None] + (sample + 0.5 * is_count[..., None]) * sample_s[..., None]
-    return time_s
 
 
 BrainloomModel.register_for_auto_class("AutoModel")

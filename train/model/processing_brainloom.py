@@ -7,6 +7,7 @@ Shape suffixes: K token times, S sources, P samples per token, n tokens, F frame
 """
 
 import json
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +21,7 @@ from torch import Tensor
 from transformers import FeatureExtractionMixin
 from transformers.utils.hub import cached_file
 
-from .configuration_brainloom import COUNTED, MODALITIES
+from .configuration_brainloom import COUNTED, MODALITIES, PREDICTED
 from .events_brainloom import NextEvent, intensities
 from .likelihoods_brainloom import MIN_HEIGHT
 
@@ -28,7 +29,9 @@ Array = npt.NDArray[Any]
 TRACES, EVENTS, SESSION = (MODALITIES.index(name) for name in ("traces", "events", "session"))
 IS_COUNTED = np.array([name in COUNTED for name in MODALITIES])
 STANDARD_LIMIT = 20.0  # standard deviations; what lies beyond is an artefact
+EVENT_BINS = 5  # of 20 ms, in a token of events
 PIXEL_MEAN, PIXEL_SCALE = 127.5, 64.0
+CACHED = ("cache_dir", "revision", "token", "local_files_only")
 UNITS_FILE, KEYS_FILE = "units.safetensors", "unit_keys.json"
 
 
@@ -76,7 +79,7 @@ class BrainloomProcessor(FeatureExtractionMixin):
         """Load from a hub folder or repository, the unit table included."""
         processor: BrainloomProcessor = super().from_pretrained(pretrained_model_name_or_path, **kwargs)
         source = str(pretrained_model_name_or_path)
-        known = {key: kwargs[key] for key in ("cache_dir", "revision", "token", "local_files_only") if key in kwargs}
+        known = {key: kwargs[key] for key in (*CACHED, "subfolder") if key in kwargs}
         units, keys = (str(cached_file(source, name, **known)) for name in (UNITS_FILE, KEYS_FILE))
         return processor.with_units(json.loads(Path(keys).read_text()), load_file(units))
 
@@ -85,12 +88,17 @@ class BrainloomProcessor(FeatureExtractionMixin):
         self.unit_keys, self.units = keys, units
         return self
 
-    def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> list[str]:  # type: ignore[override]  # the library's has more arguments
-        """Write the configuration and the unit table."""
-        written: list[str] = super().save_pretrained(save_directory, **kwargs)
-        save_file(self.units, Path(save_directory) / UNITS_FILE)
-        (Path(save_directory) / KEYS_FILE).write_text(json.dumps(self.unit_keys))
-        return written
+    def save_pretrained(
+        self, save_directory: str | os.PathLike[str], push_to_hub: bool = False, **kwargs: Any
+    ) -> list[str]:
+        """Write the configuration and the unit table, and push them; returns what was written."""
+        written: list[str] = super().save_pretrained(str(save_directory))
+        units, keys = (Path(save_directory) / name for name in (UNITS_FILE, KEYS_FILE))
+        save_file(self.units, units)
+        keys.write_text(json.dumps(self.unit_keys))
+        if push_to_hub:
+            self.push_to_hub(kwargs.pop("repo_id", Path(save_directory).name), **kwargs)
+        return [*written, str(units), str(keys)]
 
     def to_dict(self) -> dict[str, Any]:
         """The configuration; the unit table has files of its own."""
@@ -130,8 +138,12 @@ class BrainloomProcessor(FeatureExtractionMixin):
             frame_time_s: when each frame came on (F,).
             session: what the recording is of, as far as the model knows it: `dataset/session:…`, `dataset/subject:…`.
         """
+        if not streams:
+            raise ValueError("streams is empty. Give at least one Stream, of what is visible or asked.")
         rows = self.rows([key for stream in streams for key in stream.keys])
         first = np.cumsum([0, *(len(stream.keys) for stream in streams)])
+        for stream, begin, end in zip(streams, first[:-1], first[1:], strict=True):
+            self._check(stream, self.units["modality"][rows[begin:end]])
         parts = [self._tokens(stream, int(begin), rows) for stream, begin in zip(streams, first[:-1], strict=True)]
         token = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
         visible, asked = np.flatnonzero(token["visible"]), np.flatnonzero(token["asked"])
@@ -141,7 +153,12 @@ class BrainloomProcessor(FeatureExtractionMixin):
         mean = self.units["mean"][rows]
         shown = np.zeros((0, *self.image_size), np.float32) if pixels is None else pixels
         shown = standard_pixels(shown) if shown.dtype == np.uint8 else shown
-        times = np.zeros(0) if frame_time_s is None else frame_time_s
+        times = np.zeros(0) if frame_time_s is None else np.asarray(frame_time_s)
+        if times.shape != shown.shape[:1] or shown.shape[1:] != tuple(self.image_size):
+            raise ValueError(
+                f"pixels are {shown.shape} and frame_time_s {times.shape}. Give pixels (F, H, W) with H, W = "
+                f"{tuple(self.image_size)}, and a time for each of the F frames."
+            )
         inputs = {
             "unit_embeds": self.units["weight"][rows],
             "unit_features": self.units["features"][rows],
@@ -164,6 +181,35 @@ class BrainloomProcessor(FeatureExtractionMixin):
             "label_mask": token["observed"][asked],
         }
         return {name: torch.as_tensor(value)[None] for name, value in inputs.items()}
+
+    def _check(self, stream: Stream, modality: Tensor) -> None:
+        """Refuse what would be read as something else; `modality`: of its keys, in the unit table."""
+        name = f"The stream of {stream.modality} that begins with {stream.keys[:1]}"
+        if stream.modality not in PREDICTED:
+            raise ValueError(f"{name}: its modality is none of {', '.join(PREDICTED)}.")
+        if stream.values.ndim != 3 or stream.values.dtype == np.uint8:
+            raise ValueError(
+                f"{name}: values are {stream.values.dtype} of shape {stream.values.shape}. Give floats (K, S, P): "
+                "token times, sources, samples per token, with NaN where a sample is missing."
+            )
+        num_times, num_sources, num_samples = stream.values.shape
+        shapes = {
+            "keys": ((len(stream.keys),), (num_sources,)),
+            "start_s": (np.shape(stream.start_s), (num_times,)),
+            "visible": (np.shape(stream.visible), (num_times, num_sources)),
+            "asked": (np.shape(stream.asked), (num_times, num_sources)),
+            "offset_s": (np.shape(stream.offset_s) if stream.offset_s is not None else (num_sources,), (num_sources,)),
+        }
+        for field, (found, expected) in shapes.items():
+            if found != expected:
+                raise ValueError(
+                    f"{name}: {field} has shape {found}, expected {expected} by values {stream.values.shape}."
+                )
+        if num_samples > self.samples_per_token:
+            raise ValueError(f"{name}: {num_samples} samples a token; this model reads {self.samples_per_token}.")
+        if (modality != MODALITIES.index(stream.modality)).any():
+            others = sorted({MODALITIES[index] for index in modality.tolist()})
+            raise ValueError(f"{name}: its keys are of {', '.join(others)} in this model's unit table.")
 
     def _tokens(self, stream: Stream, first: int, rows: Tensor) -> dict[str, Array]:
         num_times, num_sources, num_samples = stream.values.shape
@@ -201,7 +247,8 @@ class BrainloomProcessor(FeatureExtractionMixin):
         Types are those of the streams of events in order, times the bins of 20 ms that were asked for.
         """
         types = (inputs["source_modality"][0] == EVENTS).nonzero()[:, 0]
-        return NextEvent.of(intensities(predictions, inputs["query_source"], inputs["query_time_s"], types))
+        bins = predictions[..., :EVENT_BINS]  # what a token of events has not is no answer
+        return NextEvent.of(intensities(bins, inputs["query_source"], inputs["query_time_s"], types))
 
 
 def standardise(values: Array, mean: Array, scale: Array) -> npt.NDArray[np.float32]:

@@ -122,6 +122,13 @@ def time_grid(context_s: float, rate_hz: float, device: torch.device) -> Tensor:
     return (torch.arange(num_steps, device=device, dtype=torch.float32) + 0.5) / rate_hz
 
 
+def sample_times(start_s: Tensor, sample_s: Tensor, is_count: Tensor, num_samples: int) -> Tensor:
+    """When each sample of a token is (B, N, P): a count in the middle of its bin, a trace at its instant."""
+    sample = torch.arange(num_samples, device=start_s.device)
+    time_s: Tensor = start_s[..., None] + (sample + 0.5 * is_count[..., None]) * sample_s[..., None]
+    return time_s
+
+
 def interpolate(readout_BSGR: Tensor, source_BQ: Tensor, time_BQP: Tensor, readout_hz: float) -> Tensor:
     """Readouts (B, Q, P, R) of sources at any time, linear between the times of the grid, constant beyond its ends."""
     num_times = readout_BSGR.shape[2]
