@@ -3,7 +3,7 @@
 In: a tiny store. Out: windows and samples, compared with the store's arrays.
 """
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +13,7 @@ from store_builders import Values, target, write_plan
 from train_builders import SESSIONS, one_window, pixels, reader_of, tiny_run, tiny_session, tiny_store
 
 from prep import catalog
+from prep.plan import PlannedStream
 from prep.settings import COUNT_MISSING, MODALITIES, TOKEN_NS, ConfigError
 from prep.store import Store
 from train.build import model_config
@@ -129,18 +130,77 @@ def test_absolute_time_does_not_matter(tmp_path: Path) -> None:
             assert_array_equal(later[name], array, err_msg=name)
 
 
-def test_frames_are_the_stores_pixels_at_their_times(reader: WindowReader) -> None:
-    window = one_window(reader, "full")
-    session = reader.store.session(window.session)
-    stream = session.stream("movie")
-    shown = stream.tokens(window.start_ns, window.start_ns + SECOND_NS)
-    index = stream.read(shown)[:, 0, 0]
-    keep = index >= 0
-    times_s = ((stream.start_ns[shown] - window.start_ns) / 1e9).astype(np.float32)[keep]
-    chosen = np.isin(times_s, window.frame_time_s)
-    assert 0 < len(window.pixels) == chosen.sum() <= RUN.data.max_frames
-    assert_array_equal(window.pixels, resize_frames(pixels()[index[keep][chosen]], (24, 24)))
+@pytest.mark.parametrize("at_s", [3.0, 3.08, 5.3])
+def test_frames_are_the_stores_pixels_at_their_times(at_s: float, reader: WindowReader) -> None:
+    """The tiny film has a frame each 133 ms, and a tenth of them are blanks."""
+    roomy = WindowReader(reader.store, model_config(RUN), 100)
+    window = one_window(roomy, "full", at_s)
+    stream = reader.store.session(window.session).stream("movie")
+    index, times_s = stream.read(slice(0, len(stream.start_ns)))[:, 0, 0], (stream.start_ns - window.start_ns) / 1e9
+    inside = (times_s >= 0) & (times_s < 1)
+    first = int(np.flatnonzero(inside)[0])
+    if times_s[first] > 0.1 and index[first - 1] >= 0:
+        inside[first - 1] = True
+    expected = resize_frames(pixels()[np.maximum(index[inside], 0)], (24, 24))
+    expected[index[inside] < 0] = 0
+    assert_array_equal(window.frame_time_s, times_s[inside].astype(np.float32))
+    assert_array_equal(window.pixels, expected)
+    few = one_window(reader, "full", at_s)
+    assert len(few.pixels) == min(len(window.pixels), RUN.data.max_frames)
+    assert np.isin(few.frame_time_s, window.frame_time_s).all()
     assert len(one_window(reader, "blind").pixels) == 0
+
+
+@pytest.mark.parametrize(
+    ("at_s", "times_s", "indices"),
+    [
+        (0.0, [0.0], [0]),
+        (1.5, [-1.0], [0]),  # on since 1.5 s, which counts as 1
+        (2.5, [-1.0, 0.5], [0, 1]),
+        (2.95, [0.05], [1]),  # it will be gone in 50 ms
+        (4.0, [-1.0, 0.5], [1, -1]),  # and then nothing is shown
+        (5.0, [], []),
+        (5.5, [0.5], [2]),
+        (8.0, [], []),  # nothing follows for 14 s
+        (20.5, [0.5], [3]),
+        (21.5, [], []),  # nothing follows at all
+    ],
+)
+def test_what_is_on_the_screen_when_a_window_starts_is_seen_and_where_it_goes(
+    at_s: float, times_s: list[float], indices: list[int], tmp_path: Path
+) -> None:
+    (tmp_path / "recording.txt").write_text("stands for an NWB file")
+    plan = tiny_session(tmp_path / "recording.txt", "full", 0)
+    shown = {0.0: 0, 3.0: 1, 4.5: -1, 6.0: 2, 21.0: 3}
+    begun_ns = plan.splits[0][0] + np.array([round(start * SECOND_NS) for start in shown])
+
+    def held(stream: PlannedStream) -> PlannedStream:
+        if stream.spec.name != "movie":
+            return stream
+        spec = replace(stream.spec, num_tokens=len(shown), duration_ns=3 * SECOND_NS, sample_ns=3 * SECOND_NS)
+        return replace(stream, spec=spec, start_ns=begun_ns, reader=Given(np.array([*shown.values()], np.int32)))
+
+    plan = replace(plan, streams=tuple(map(held, plan.streams)))
+    write_plan(plan, target(tmp_path / "store", plan))
+    catalog.write(tmp_path / "store")
+    reader = reader_of(tmp_path / "store", RUN)
+    window = one_window(reader, "full", at_s)
+    assert window.frame_time_s.tolist() == pytest.approx(times_s)
+    frames = [np.zeros((24, 24)) if i < 0 else resize_frames(pixels()[[i]], (24, 24))[0] for i in indices]
+    assert_array_equal(window.pixels, np.array(frames).reshape(-1, 24, 24).astype(np.float32))
+    mask = draw_mask("encoding", window.tokens, 1.0, np.random.default_rng(1))
+    sample = make_sample(window, replace(mask, frames=True), budget(reader.store, RUN.data, "encoding"))
+    assert sample["frame_mask"].sum() == len(indices), "the budget holds them"
+
+
+@dataclass(frozen=True)
+class Given:
+    """Reads tokens of one source and one sample that are given."""
+
+    values: np.ndarray
+
+    def read(self, first: int, stop: int) -> np.ndarray:
+        return self.values[first:stop, None, None]
 
 
 def test_frames_of_another_size_keep_their_mean_grey() -> None:

@@ -18,7 +18,7 @@ from prep.settings import COUNT_MISSING, TOKEN_NS, ConfigError
 from prep.store import Session, Store
 from train.config import DataConfig
 from train.event_counts import read_counts, read_types
-from train.frames import FrameReader
+from train.frames import STILL_NS, FrameReader
 from train.masking import Mask, TokenTable
 from train.modalities import COUNTED, MODALITIES
 from train.model.configuration_brainloom import BrainloomConfig
@@ -356,7 +356,9 @@ def _most_frames(store: Store, context_ns: int) -> int:
     most = 0
     for entry in store.entries:
         frames = [stream for stream in entry["streams"] if stream["kind"] == "frames"]
-        most = max(most, sum(context_ns // max(1, int(stream["duration_ns"])) + 1 for stream in frames))
+        periods = [max(1, int(stream["duration_ns"])) for stream in frames]
+        within = [max(context_ns // period, (context_ns - STILL_NS) // period + 1) + 1 for period in periods]
+        most = max(most, sum(within))
     return most
 
 

@@ -17,10 +17,13 @@ from train.model.processing_brainloom import standard_pixels
 
 Array = npt.NDArray[Any]
 KEPT_BYTES = 64 * 2**20  # of frames at the model's size
+STILL_NS = 100_000_000  # what is replaced so soon after a window's start is not shown: a film's last frame
+HELD_NS = 10_000_000_000  # longest that a frame is taken to stay
+OLDEST_S = 1.0  # what is on for longer is as if it had come then
 
 
 class FrameReader:
-    """Reads the frames of windows; at most `max_frames` of each stimulus and window, spread evenly."""
+    """Reads the frames of windows; at most `max_frames` of each window, spread evenly."""
 
     def __init__(self, store: Store, image_size: tuple[int, int], max_frames: int) -> None:
         self.store, self.image_size, self.max_frames = store, image_size, max_frames
@@ -31,29 +34,49 @@ class FrameReader:
         return np.zeros((0, *self.image_size), np.float32), np.zeros(0, np.float32)
 
     def read(self, session: Session, start_ns: int, stop_ns: int) -> tuple[Array, Array]:
-        """Pixels (F, H, W), standardised, and times in seconds from `start_ns` (F,)."""
-        pixels, times = [], []
+        """Pixels (F, H, W), standardised, and times in seconds from `start_ns` (F,).
+
+        A frame that was on the screen before has a negative time; where nothing is shown any more, there is a grey one.
+        """
+        time_ns, frames = [np.zeros(0, np.int64)], []
         for description in session.entry["streams"]:
             if description["kind"] != "frames":
                 continue
             stream = session.stream(description["name"])
-            shown = stream.tokens(start_ns, stop_ns)
-            indices = stream.read(shown)[:, 0, 0]
-            keep = np.flatnonzero(indices >= 0)
-            if len(keep):
-                keep = keep[np.unique(np.linspace(0, len(keep) - 1, min(len(keep), self.max_frames)).astype(int))]
-                pixels += [self._frame(description["stimulus"], index) for index in indices[keep].tolist()]
-                times.append((stream.start_ns[shown][keep] - start_ns) / 1e9)
-        if not pixels:
+            tokens = on_screen(stream.start_ns, stream.tokens(start_ns, stop_ns), start_ns)
+            indices, begun_ns = stream.read(tokens)[:, 0, 0], stream.start_ns[tokens]
+            keep = (indices >= 0) | (begun_ns >= start_ns)
+            time_ns.append(begun_ns[keep])
+            frames += [(description["stimulus"], index) for index in indices[keep].tolist()]
+        if not frames:
             return self.none()
-        first = slice(0, self.max_frames)
-        return np.stack(pixels[first]), np.concatenate(times)[first].astype(np.float32)
+        begun_ns = np.concatenate(time_ns)
+        num_chosen = min(len(frames), self.max_frames)
+        places = np.unique(np.linspace(0, len(frames) - 1, num_chosen).astype(int))
+        chosen = begun_ns.argsort(kind="stable")[places]
+        time_s = np.maximum((begun_ns[chosen] - start_ns) / 1e9, -OLDEST_S).astype(np.float32)
+        return np.stack([self._frame(*frames[place]) for place in chosen]), time_s
 
     def _read_frame(self, stimulus: str, index: int) -> npt.NDArray[np.float32]:
+        if index < 0:
+            return np.zeros(self.image_size, np.float32)
         frame: npt.NDArray[np.float32] = resize_frames(
             self.store.frames(stimulus).read(index, index + 1), self.image_size
         )[0]
         return frame
+
+
+def on_screen(begun_ns: npt.NDArray[np.int64], tokens: slice, start_ns: int) -> slice:
+    """The tokens of a window, and the one before if its frame is still on the screen when the window starts.
+
+    A frame stays until the next token; what nothing follows, or only much later, is taken to have gone.
+    """
+    first = tokens.start
+    if not 0 < first < len(begun_ns):
+        return tokens
+    before_ns, after_ns = begun_ns[first - 1 : first + 1].tolist()
+    is_on = after_ns - start_ns > STILL_NS and after_ns - before_ns <= HELD_NS
+    return slice(first - 1, tokens.stop) if is_on else tokens
 
 
 def resize_frames(frames: Array, size: tuple[int, int]) -> npt.NDArray[np.float32]:

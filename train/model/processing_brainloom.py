@@ -135,7 +135,8 @@ class BrainloomProcessor(FeatureExtractionMixin):
             streams: what was recorded.
             pixels: stimulus that is visible (F, H, W), grey at the model's image size: uint8, or float standardised as
                 `standard_pixels` does.
-            frame_time_s: when each frame came on (F,).
+            frame_time_s: when each frame came on (F,); negative, at least -1, of one that was on the screen before.
+                Where a frame goes and none comes, give a grey one.
             session: what the recording is of, as far as the model knows it: `dataset/session:…`, `dataset/subject:…`.
         """
         if not streams:
