@@ -208,13 +208,17 @@ def test_raw_arrays_and_keys_lead_to_the_same_predictions(
         assert output.loss.isfinite()
 
 
-def test_physical_inverts_the_standardisation(trained: Trained, processor: BrainloomProcessor) -> None:
+ON_CUDA = pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"))
+
+
+@pytest.mark.parametrize("device", ["cpu", ON_CUDA])
+def test_physical_inverts_the_standardisation(device: str, trained: Trained, processor: BrainloomProcessor) -> None:
     window, mask = asked(trained, "imaging", TASKS[11])
     raw = export.raw_window(trained, window, mask)
     streams = streams_of(raw)
     inputs = processor(streams)
     keys = [key for stream in streams for key in stream.keys]
-    physical = processor.physical(inputs["labels"], inputs["query_source"], keys)[0]
+    physical = processor.physical(inputs["labels"].to(device), inputs["query_source"].to(device), keys)[0].cpu()
     (pupil,) = [stream for stream in streams if stream.modality == "behavior"]
     recorded = torch.from_numpy(pupil.values[pupil.asked])
     seen = ~recorded.isnan()

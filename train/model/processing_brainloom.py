@@ -238,9 +238,10 @@ class BrainloomProcessor(FeatureExtractionMixin):
 
         `keys` are the sources of all streams in order.
         """
-        rows = self.rows(keys)[query_source]
+        rows, device = self.rows(keys)[query_source.cpu()], predictions.device
         mean, scale, modality = (self.units[name][rows][..., None] for name in ("mean", "scale", "modality"))
-        return torch.where(torch.from_numpy(IS_COUNTED)[modality], predictions, predictions * scale + mean)
+        is_counted = torch.from_numpy(IS_COUNTED)[modality].to(device)
+        return torch.where(is_counted, predictions, predictions * scale.to(device) + mean.to(device))
 
     def next_event(self, predictions: Tensor, inputs: dict[str, Tensor]) -> NextEvent:
         """What happens next and when, by the predictions (1, Q, P) of a window in which events were asked for.
