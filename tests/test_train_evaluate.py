@@ -20,7 +20,7 @@ from prep import catalog
 from train import evaluate
 from train.checkpoint import CheckpointError
 from train.dataset import UNKNOWN_HZ
-from train.evaluate import References, Row, table
+from train.evaluate import References, Row, num_without_scale, table
 from train.masking import TASKS, Mask, Task, task_mask
 from train.metrics import deviance_explained, deviances
 from train.trained import Trained, load_trained
@@ -146,8 +146,10 @@ def test_of_a_session_that_is_held_out_whole_counts_are_predicted_and_scored(
     held_out = moved_trained(tmp_path / "store", run)
     sources = held_out.reader.sources(index_of(held_out, "full"))
     assert sources.mean[sources.modality == 0].tolist() == pytest.approx([UNKNOWN_HZ * 0.02] * 6)
-    assert sources.has_scale.tolist() == (sources.modality == 0).tolist(), "origins have no values"
+    number = num_without_scale(sources)
+    assert number == np.isin(sources.modality, (1, 2)).sum() > 0
     window = one_window(held_out.reader, "full")
+    assert window.observed.any(1).tolist() == (window.tokens.modality == 0).tolist(), "what has no scale is missing"
     batch = batch_of(held_out.reader, run, "encoding", [(window, task_mask(TASKS[0], window.tokens, 1.0))])
     with torch.inference_mode():
         output = held_out.model(**batch)
@@ -156,8 +158,7 @@ def test_of_a_session_that_is_held_out_whole_counts_are_predicted_and_scored(
     assert {(row.task.modality, stream) for row in rows for stream in row.streams} >= {("spikes", "spikes")}
     full = index_of(held_out, "full")
     assert {row.task.modality for row in rows if (row.column("session") == full).any()} == {"spikes"}
-    number = int((~sources.has_scale & (sources.stream >= 0)).sum())
-    assert f"full: the train split has no sample of {number} sources of traces or behavior" in capsys.readouterr().out
+    assert f"full: the train split has nothing of {number} sources of traces or behavior" in capsys.readouterr().out
 
 
 def test_every_row_has_the_keys_on_which_checks_rely(trained: Trained) -> None:

@@ -92,12 +92,6 @@ class Sources:
     sample_s: npt.NDArray[np.float32]  # (S,) of its samples
     of_stimulus: npt.NDArray[np.bool_]  # (S,) is it a type of events of the stimulus
 
-    @property
-    def has_scale(self) -> npt.NDArray[np.bool_]:
-        """Whose values have a scale (S,): counts, and what the train split has seen change or away from zero."""
-        known: npt.NDArray[np.bool_] = (self.mean != 0) | (self.scale != 1)
-        return known
-
 
 @dataclass
 class Window:
@@ -265,7 +259,7 @@ def _window(index: int, start_ns: int, sources: Sources, read: Tokens, frames: t
         sample_s=sources.sample_s[source],
         values=standard,
         labels=np.where(IS_COUNTED[modality][:, None], values, standard),
-        observed=~np.isnan(values),
+        observed=~np.isnan(standard),
         pixels=frames[0],
         frame_time_s=frames[1],
     )

@@ -14,11 +14,12 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from train.dataset import Window, Windows, split_windows
+from train.dataset import Sources, Window, Windows, split_windows
 from train.event_counts import as_read
 from train.masking import TASKS, Mask, Task, task_mask
 from train.metrics import deviance_explained
 from train.modalities import COUNTED
+from train.model.processing_brainloom import has_scale
 from train.trained import Trained, load_trained
 
 Array = npt.NDArray[Any]
@@ -118,10 +119,10 @@ def evaluate(trained: Trained, label: str, references: References, num_windows: 
         starts = spread(trained, label, session, num_windows)
         context_ns = round(trained.run.data.context_s * 1e9)
         windows = [trained.reader.read(session, start, context_ns) for start in starts]
-        if windows and (unknown := int((~windows[0].sources.has_scale & (windows[0].sources.stream >= 0)).sum())):
+        if unknown := num_without_scale(trained.reader.sources(session)) * bool(windows):
             print(
-                f"{entry['dataset_id']}/{entry['session_id']}: the train split has no sample of {unknown} sources of "
-                "traces or behavior, whose scale is not known: they are not scored. Give the session a part of it."
+                f"{entry['dataset_id']}/{entry['session_id']}: the train split has nothing of {unknown} sources of "
+                "traces or behavior, whose scale is not known: they count as missing. Give the session a part of it."
             )
         for task in TASKS:
             if not suits(task, entry):
@@ -133,6 +134,11 @@ def evaluate(trained: Trained, label: str, references: References, num_windows: 
                 for window, mask, prediction in zip(windows[chosen], masks[chosen], predictions, strict=True):
                     _add(rows, task, entry, references, (window, mask, prediction))
     return [row for row in rows.values() if row.parts]
+
+
+def num_without_scale(sources: Sources) -> int:
+    """Sources whose values count as missing; origins have none."""
+    return int((~has_scale(sources.mean, sources.scale) & (sources.stream >= 0)).sum())
 
 
 def _add(
@@ -164,7 +170,7 @@ def _columns(
     """Flatten (tokens, P) into observed samples (n,)."""
     num_samples = stream["samples_per_token"]
     source = window.tokens.source[asked]
-    observed = window.observed[asked, :num_samples] & window.sources.has_scale[source][:, None]
+    observed = window.observed[asked, :num_samples]
     sample_ns = window.token_ns[asked][:, None] + np.arange(num_samples) * stream["sample_ns"]
     null = window.sources.mean[source] if stream["modality"] in COUNTED else np.zeros(len(source), np.float32)
     columns = {

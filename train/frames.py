@@ -36,16 +36,20 @@ class FrameReader:
     def read(self, session: Session, start_ns: int, stop_ns: int) -> tuple[Array, Array]:
         """Pixels (F, H, W), standardised, and times in seconds from `start_ns` (F,).
 
-        A frame that was on the screen before has a negative time; where nothing is shown any more, there is a grey one.
+        A frame that was on the screen before has a negative time; where one goes and none comes, there is a grey one.
         """
         time_ns, frames = [np.zeros(0, np.int64)], []
         for description in session.entry["streams"]:
             if description["kind"] != "frames":
                 continue
             stream = session.stream(description["name"])
-            tokens = on_screen(stream.start_ns, stream.tokens(start_ns, stop_ns), start_ns)
+            inside = stream.tokens(start_ns, stop_ns)
+            tokens = slice(max(0, inside.start - 1), inside.stop)  # and the one before
             indices, begun_ns = stream.read(tokens)[:, 0, 0], stream.start_ns[tokens]
-            keep = (indices >= 0) | (begun_ns >= start_ns)
+            is_shown = indices >= 0
+            keep = is_shown | np.append(False, is_shown[:-1])[: len(is_shown)]
+            if tokens != inside:
+                keep[0] = is_shown[0] and is_on(stream.start_ns, inside.start, start_ns)
             time_ns.append(begun_ns[keep])
             frames += [(description["stimulus"], index) for index in indices[keep].tolist()]
         if not frames:
@@ -66,17 +70,15 @@ class FrameReader:
         return frame
 
 
-def on_screen(begun_ns: npt.NDArray[np.int64], tokens: slice, start_ns: int) -> slice:
-    """The tokens of a window, and the one before if its frame is still on the screen when the window starts.
+def is_on(begun_ns: npt.NDArray[np.int64], first: int, start_ns: int) -> bool:
+    """Is the frame before the first of a window still on the screen when the window starts?
 
     A frame stays until the next token; what nothing follows, or only much later, is taken to have gone.
     """
-    first = tokens.start
-    if not 0 < first < len(begun_ns):
-        return tokens
+    if first == len(begun_ns):
+        return False
     before_ns, after_ns = begun_ns[first - 1 : first + 1].tolist()
-    is_on = after_ns - start_ns > STILL_NS and after_ns - before_ns <= HELD_NS
-    return slice(first - 1, tokens.stop) if is_on else tokens
+    return bool(after_ns - start_ns > STILL_NS and after_ns - before_ns <= HELD_NS)
 
 
 def resize_frames(frames: Array, size: tuple[int, int]) -> npt.NDArray[np.float32]:

@@ -228,7 +228,7 @@ class BrainloomProcessor(FeatureExtractionMixin):
             "sample_s": np.full(len(values), stream.sample_s, np.float32),
             "standard": standard,
             "labels": values if stream.modality in COUNTED else standard,
-            "observed": ~np.isnan(values),
+            "observed": ~np.isnan(standard),
             "visible": stream.visible.reshape(-1),
             "asked": stream.asked.reshape(-1),
         }
@@ -254,9 +254,19 @@ class BrainloomProcessor(FeatureExtractionMixin):
 
 
 def standardise(values: Array, mean: Array, scale: Array) -> npt.NDArray[np.float32]:
-    """Values (n, P) by the train split's mean and scale (n,), limited; NaN stays NaN."""
+    """Values (n, P) by the train split's mean and scale (n,), limited; NaN stays NaN.
+
+    A mean of 0 and a scale of 1 are those of a source that the train split has not: what has no scale is missing.
+    """
+    scale = np.where(has_scale(mean, scale), scale, np.nan)
     standard = (values - mean[:, None]) / scale[:, None]
     return np.clip(standard, -STANDARD_LIMIT, STANDARD_LIMIT).astype(np.float32)
+
+
+def has_scale(mean: Array, scale: Array) -> npt.NDArray[np.bool_]:
+    """Of which sources (S,) the train split has seen values that change, or lie away from zero."""
+    known: npt.NDArray[np.bool_] = (mean != 0) | (scale != 1)
+    return known
 
 
 def source_null(modality: Array, mean: Array, scale: Array) -> npt.NDArray[np.float32]:
