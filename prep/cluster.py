@@ -103,7 +103,7 @@ def _page(client: Client) -> str:
     """Where to look at the scheduler: charts where bokeh is installed, else plain tables."""
     try:
         importlib.import_module("bokeh")
-    except ImportError:
+    except ImportError:  # no charts
         return f"dashboard {client.dashboard_link.removesuffix('/status')}/info/main/workers.html"
     return f"dashboard {client.dashboard_link}"
 

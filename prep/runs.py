@@ -67,7 +67,7 @@ def is_unsealed(folder: Path) -> bool:
         return (folder / "zarr.json").is_file() and "brainloom" in read_json(folder / "zarr.json")["attributes"]
     except ShardFormatError:
         raise  # of a version that we do not know: not ours to remove
-    except (StoreError, KeyError, TypeError):
+    except (StoreError, KeyError, TypeError):  # damaged: made again
         return True
 
 

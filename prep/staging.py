@@ -195,7 +195,7 @@ def _is_locked(path: Path) -> bool:
     try:
         with open(path) as file:
             fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except BlockingIOError:
+    except BlockingIOError:  # its run is alive
         return True
     except FileNotFoundError:
         return False  # the run ended just now

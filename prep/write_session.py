@@ -70,7 +70,7 @@ def software_version() -> str:
     """Brainloom's version, as the root attributes record it."""
     try:
         return importlib.metadata.version("brainloom")
-    except importlib.metadata.PackageNotFoundError:
+    except importlib.metadata.PackageNotFoundError:  # run from its folder
         return "unknown"
 
 

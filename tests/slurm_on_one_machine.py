@@ -177,7 +177,7 @@ def _daemon(cluster: Slurm, node: str, command: Sequence[str]) -> Iterator[None]
 def _num_idle(cluster: Slurm) -> int:
     try:
         return cluster.run("sinfo", "--noheader", "--Node", "--format=%t").split().count("idle")
-    except subprocess.CalledProcessError:
+    except subprocess.CalledProcessError:  # the controller is not up yet
         return 0
 
 

@@ -51,10 +51,11 @@ class Shown:
     def visible(self) -> dict[str, list[tuple[float, float, float]]]:
         """(start, stop, count) of every sample that the first window shows, by source; seconds from the first."""
         seen: dict[str, list[tuple[float, float, float]]] = {}
+        first_s = self.first_s()
         for stream in self.windows[0]:
             for k, s in zip(*np.nonzero(stream.visible), strict=True):
                 for p, value in enumerate(stream.values[k, s]):
-                    start = float(stream.start_s[k] + p * stream.sample_s) - self.first_s()
+                    start = float(stream.start_s[k] + p * stream.sample_s) - first_s
                     seen.setdefault(stream.keys[s], []).append((start, start + stream.sample_s, float(value)))
         return seen
 

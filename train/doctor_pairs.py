@@ -78,7 +78,7 @@ def _comes(store: Store, keys: list[str], deadline_s: float) -> bool:
     """Wait until the keys are set; False where they are not in time, or the store has gone."""
     try:
         store.wait(keys, datetime.timedelta(seconds=max(0.1, deadline_s - time.monotonic())))
-    except RuntimeError:
+    except RuntimeError:  # torch's, for both
         return False
     return True
 

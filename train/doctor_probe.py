@@ -110,7 +110,7 @@ def _revision() -> str:
     try:
         revision = _said("git", "rev-parse", "--short=12", "HEAD").strip()
         return revision + ("+" if _said("git", "status", "--porcelain", "--untracked-files=no").strip() else "")
-    except (OSError, subprocess.CalledProcessError):
+    except (OSError, subprocess.CalledProcessError):  # no git, or no repository
         return ""
 
 

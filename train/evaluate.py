@@ -119,10 +119,11 @@ def evaluate(trained: Trained, label: str, references: References, num_windows: 
         starts = spread(trained, label, session, num_windows)
         context_ns = round(trained.run.data.context_s * 1e9)
         windows = [trained.reader.read(session, start, context_ns) for start in starts]
-        if unknown := num_without_scale(trained.reader.sources(session)) * bool(windows):
+        unknown = num_without_scale(trained.reader.sources(session))
+        if windows and unknown:
             print(
-                f"{entry['dataset_id']}/{entry['session_id']}: the train split has nothing of {unknown} sources of "
-                "traces or behavior, whose scale is not known: they count as missing. Give the session a part of it."
+                f"{entry['dataset_id']}/{entry['session_id']}: the train split has nothing, or zeros alone, of "
+                f"{unknown} sources of traces or behavior. Without a scale they count as missing: give it more of them."
             )
         for task in TASKS:
             if not suits(task, entry):

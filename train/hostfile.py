@@ -165,7 +165,7 @@ def _parse_line(raw: bytes, where: str, number: int) -> Host | None:
 def _is_ipv4(name: str) -> bool:
     try:
         ipaddress.IPv4Address(name)
-    except ValueError:
+    except ValueError:  # a name, or IPv6
         return False
     return True
 
@@ -272,7 +272,7 @@ def _addresses_or_proxy(name: str) -> set[str]:
     try:
         words = ["ssh", "-G", name]  # prints what its config says; connects to nothing
         said = subprocess.run(words, stdin=subprocess.DEVNULL, capture_output=True, timeout=10, check=False)
-    except (OSError, subprocess.TimeoutExpired):
+    except (OSError, subprocess.TimeoutExpired):  # no ssh here: nothing is known of the name
         return set()
     settings = dict(line.partition(" ")[::2] for line in said.stdout.decode(errors="replace").splitlines())
     if found := addresses(settings.get("hostname", name)):
@@ -286,7 +286,7 @@ def addresses(name: str) -> set[str]:
     """Return the IP addresses that a name resolves to; the empty set where it does not resolve here."""
     try:
         return {str(entry[4][0]) for entry in socket.getaddrinfo(name, None, type=socket.SOCK_STREAM)}
-    except (OSError, UnicodeError):
+    except (OSError, UnicodeError):  # not known here
         return set()
 
 
@@ -307,7 +307,7 @@ def _is_own_address(address: str) -> bool:
     try:
         with socket.socket(family, socket.SOCK_DGRAM) as probe:
             probe.bind((address, 0))  # only an address of this machine can be bound
-    except OSError:
+    except OSError:  # another machine's
         return False
     return True
 

@@ -109,7 +109,7 @@ class Node:
             while True:
                 try:
                     line = self._orders.get(timeout=PULSE_S)
-                except queue.Empty:
+                except queue.Empty:  # a pulse
                     line = "{}"
                 if line is None:
                     return

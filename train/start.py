@@ -91,7 +91,7 @@ def fits(run: config.RunConfig, num_ranks: int) -> bool:
     """May a run have this number of ranks, with its global batch as it is?"""
     try:
         config.deepspeed_config(run, num_ranks)
-    except ConfigError:
+    except ConfigError:  # the batch does not divide among them
         return False
     return True
 

@@ -119,7 +119,7 @@ def one_number(value: Any) -> float:
     array = np.ravel(np.asarray(value))
     try:
         return float(as_text(array[0])) if len(array) == 1 else np.nan
-    except ValueError:
+    except ValueError:  # a text that is no number
         return np.nan
 
 

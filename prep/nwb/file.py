@@ -121,7 +121,7 @@ def follow(file: Any, reference: Any) -> Any:
     """The object that a reference (an element of a dataset, or an attribute) points to; None if it leads nowhere."""
     try:
         return file[reference] if reference else None
-    except (KeyError, ValueError, TypeError, OSError):
+    except (KeyError, ValueError, TypeError, OSError):  # it leads nowhere
         return None
 
 
@@ -142,7 +142,7 @@ def text_at(file: Any, path: str) -> str:
     item = get(file, path)
     try:
         return as_text(item[()]).strip() if is_dataset(item) else ""
-    except PrepError:
+    except PrepError:  # it cannot be read
         return ""
 
 
@@ -167,7 +167,7 @@ def get(group: Any, path: str) -> Any:
     """An object by path, None if it or a link on the way is missing."""
     try:
         return group[path]
-    except (KeyError, OSError, ValueError):
+    except (KeyError, OSError, ValueError):  # missing, or a link that leads nowhere
         return None
 
 

@@ -319,7 +319,7 @@ def row_dtype(fields: list[dict[str, Any]]) -> np.dtype[Any]:
     for column in fields:
         try:
             kind = np.dtype(column["dtype"])
-        except TypeError:
+        except TypeError:  # a word of HDMF's for a text or a reference
             kind = np.dtype(object)
         columns.append((str(column["name"]), np.dtype(object) if kind.kind in "USO" else kind))
     return np.dtype(columns)

@@ -90,7 +90,7 @@ def best(preset: str, device: str, compiled: bool, largest: int) -> Step:
     while batch <= largest:
         try:
             found.append(measure(called, preset, replace(fullest_shape(run, model.config), batch=batch), device))
-        except torch.OutOfMemoryError:
+        except torch.OutOfMemoryError:  # it is full: what was measured last is the largest
             break
         print(f"{preset}: {batch} windows, {found[-1].seconds * 1e3:,.1f} ms", flush=True)
         batch *= 2

@@ -31,7 +31,6 @@ IS_COUNTED = np.array([name in COUNTED for name in MODALITIES])
 STANDARD_LIMIT = 20.0  # standard deviations; what lies beyond is an artefact
 EVENT_BINS = 5  # of 20 ms, in a token of events
 PIXEL_MEAN, PIXEL_SCALE = 127.5, 64.0
-CACHED = ("cache_dir", "revision", "token", "local_files_only")
 UNITS_FILE, KEYS_FILE = "units.safetensors", "unit_keys.json"
 
 
@@ -79,7 +78,8 @@ class BrainloomProcessor(FeatureExtractionMixin):
         """Load from a hub folder or repository, the unit table included."""
         processor: BrainloomProcessor = super().from_pretrained(pretrained_model_name_or_path, **kwargs)
         source = str(pretrained_model_name_or_path)
-        known = {key: kwargs[key] for key in (*CACHED, "subfolder") if key in kwargs}
+        names = ("cache_dir", "revision", "token", "local_files_only", "subfolder")
+        known = {name: kwargs[name] for name in names if name in kwargs}
         units, keys = (str(cached_file(source, name, **known)) for name in (UNITS_FILE, KEYS_FILE))
         return processor.with_units(json.loads(Path(keys).read_text()), load_file(units))
 
@@ -194,12 +194,13 @@ class BrainloomProcessor(FeatureExtractionMixin):
                 "token times, sources, samples per token, with NaN where a sample is missing."
             )
         num_times, num_sources, num_samples = stream.values.shape
+        offset_s = np.zeros(num_sources) if stream.offset_s is None else stream.offset_s
         shapes = {
             "keys": ((len(stream.keys),), (num_sources,)),
             "start_s": (np.shape(stream.start_s), (num_times,)),
             "visible": (np.shape(stream.visible), (num_times, num_sources)),
             "asked": (np.shape(stream.asked), (num_times, num_sources)),
-            "offset_s": (np.shape(stream.offset_s) if stream.offset_s is not None else (num_sources,), (num_sources,)),
+            "offset_s": (np.shape(offset_s), (num_sources,)),
         }
         for field, (found, expected) in shapes.items():
             if found != expected:
@@ -256,7 +257,7 @@ class BrainloomProcessor(FeatureExtractionMixin):
 def standardise(values: Array, mean: Array, scale: Array) -> npt.NDArray[np.float32]:
     """Values (n, P) by the train split's mean and scale (n,), limited; NaN stays NaN.
 
-    A mean of 0 and a scale of 1 are those of a source that the train split has not: what has no scale is missing.
+    What has no scale is missing.
     """
     scale = np.where(has_scale(mean, scale), scale, np.nan)
     standard = (values - mean[:, None]) / scale[:, None]
@@ -264,7 +265,7 @@ def standardise(values: Array, mean: Array, scale: Array) -> npt.NDArray[np.floa
 
 
 def has_scale(mean: Array, scale: Array) -> npt.NDArray[np.bool_]:
-    """Of which sources (S,) the train split has seen values that change, or lie away from zero."""
+    """Of which sources (S,) the train split has values that are not all zero; of the others a store says 0 and 1."""
     known: npt.NDArray[np.bool_] = (mean != 0) | (scale != 1)
     return known
 
