@@ -41,7 +41,7 @@ demo: .venv/installed  ## fresh clone -> the whole road on a laptop; ends in run
 	$(PY) -m train demo --out "$${OUT:-runs/demo}" $(ARGS)
 
 test: .venv/installed  ## fresh clone -> the test suite (without the slow tests)
-	$(PY) -m pytest -m 'not slow' -n 2 --dist loadfile $(ARGS)
+	OMP_NUM_THREADS=1 $(PY) -m pytest -m 'not slow' -n 2 --dist loadfile $(ARGS)
 
 campaign: .venv/installed  ## WHICH=prep|train|cluster [N=50]: killed, starved and damaged at random moments; as if nothing had been after a rerun
 	PYTHONPATH=tests $(PY) -m campaign $(or $(WHICH),prep) $(or $(N),50) $(ARGS)

@@ -22,7 +22,7 @@ from train.config import RunConfig, gradient_accumulation
 from train.loader import READ_AHEAD
 from train.model.configuration_brainloom import BrainloomConfig
 from train.model.modeling_brainloom import BrainloomForPreTraining
-from train.muon import is_matrix
+from train.muon import is_matrix, rounds
 
 Place = Literal["device", "host", "disk"]
 BYTES = {name: dtype.itemsize for name, dtype in DTYPES.items()}
@@ -262,8 +262,9 @@ def _optimizer(job: Job) -> Iterator[Part]:
     temporaries = 1 if job.on_cuda else 2
     yield Part(name="temporaries of Adam", place=place, step=temporaries * group * (offload == "none"))
     # Each rank's whole, of the one that is its own the iterate and the next one; the squares are smaller.
-    dealt = sorted(job.cut_matrices)[-job.num_ranks :]
-    orthogonal = sum(dealt) + 3 * max(job.matrices, default=0)
+    cut = sorted(job.cut_matrices)
+    dealt = max((sum(cut[together]) for together in rounds(cut, job.num_ranks)), default=0)
+    orthogonal = dealt + 3 * max(job.matrices, default=0)
     yield Part(name="matrices, made orthogonal", place=place, step=FP32 * orthogonal)
 
 

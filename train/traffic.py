@@ -18,6 +18,7 @@ from typing import Literal
 from prep.settings import ConfigError
 from train.activations import Passes
 from train.memory import FP32, INT64, NUM_MOMENTS, Job
+from train.muon import rounds
 from train.usage import PEAKS
 
 Group = Literal["all", "node", "pairs", "host", "disk"]
@@ -142,9 +143,10 @@ def _of_the_core(job: Job) -> Iterator[Exchange]:
     zero, size, passes = job.zero, job.weight_bytes, job.accumulation
     whole = size * job.num_parameters
     buckets = num_buckets(job.sizes_as_reduced, zero.reduce_bucket_size)
-    cut = job.cut_matrices
+    cut = sorted(job.cut_matrices)
+    calls = sum(len(cut[together][: job.num_ranks]) for together in rounds(cut, job.num_ranks))  # of one sub-group
     for name in ("pieces of matrices, each to one rank", "directions of matrices, from one rank"):
-        yield Exchange(name, FP32 * sum(cut), 1, "all", len(cut))
+        yield Exchange(name, FP32 * sum(cut), 1, "all", calls)
     if zero.stage < 3:
         times = 2 * (passes if zero.stage == 2 else 1)
         yield Exchange("gradients, reduced for all", whole, times, "all", times * buckets)
