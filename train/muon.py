@@ -37,41 +37,15 @@ def orthogonal(matrix: Tensor) -> Tensor:
 
     By Newton-Schulz iterations, in float32 on a CPU and in bfloat16 on a GPU. A matrix of zeros stays one.
     """
+    a, b, c = COEFFICIENTS
     x = matrix.to(torch.bfloat16 if matrix.is_cuda else torch.float32)
     is_tall = x.shape[0] > x.shape[1]
     x = x.T if is_tall else x
     x = x / (x.norm() + 1e-7)
-    if x.dtype == torch.float32 and x.shape[1] >= 2 * x.shape[0]:
-        x = _all_factors(x @ x.T) @ x
-    else:
-        for _ in range(NUM_ITERATIONS):
-            x = torch.addmm(x, _bent(x @ x.T), x, beta=COEFFICIENTS[0])
+    for _ in range(NUM_ITERATIONS):
+        square = x @ x.T
+        x = torch.addmm(x, torch.addmm(square, square, square, beta=b, alpha=c), x, beta=a)
     return (x.T if is_tall else x).to(matrix.dtype)
-
-
-def _bent(square: Tensor) -> Tensor:
-    """What one iteration adds to a multiple of X: a polynomial of X X^T, by which X is multiplied."""
-    _, b, c = COEFFICIENTS
-    return torch.addmm(square, square, square, beta=b, alpha=c)
-
-
-def _all_factors(square: Tensor) -> Tensor:
-    """What all iterations multiply X by, found from X X^T alone: a third less work where X is wide.
-
-    In half precision the squares of small singular values would be lost.
-    """
-
-    def factor_of(square: Tensor) -> Tensor:
-        factor = _bent(square)
-        factor.diagonal().add_(COEFFICIENTS[0])
-        return factor
-
-    product = factor = factor_of(square)
-    for _ in range(NUM_ITERATIONS - 1):
-        square = factor @ square @ factor
-        factor = factor_of(square)
-        product = factor @ product
-    return product
 
 
 @dataclass(frozen=True)
