@@ -3,7 +3,8 @@
 In: flat buffers of ZeRO, with their gradients. Out: buffers that have moved by one step.
 Every direction of a matrix then moves alike, rare ones too (Jordan 2024), by as much as AdamW would move it (Liu 2025),
 so that learning rate and decay are AdamW's. A matrix is orthogonalised whole: those that ZeRO has cut are dealt to the
-ranks, as many at a time as there are ranks. It works on what DeepSpeed has already averaged, checked and clipped.
+ranks, as many at a time as there are ranks, more where they are small. It works on what DeepSpeed has already
+averaged, checked and clipped.
 """
 
 import math
@@ -142,10 +143,11 @@ class Muon(torch.optim.AdamW):
         num_ranks = dist.get_world_size() if cut else 1
         for together in rounds([math.prod(matrix.shape) for matrix in cut], num_ranks):
             dealt = [own for rank in range(num_ranks) if (own := cut[together][rank::num_ranks])]
+            shapes = [[matrix.shape for matrix in own] for own in dealt]
             wholes = [torch.cat([matrix.whole(update).view(-1) for matrix in own]) for own in dealt]
-            orthogonal_by_turns(wholes, [[matrix.shape for matrix in own] for own in dealt])
-            for own, directions in zip(dealt, wholes, strict=True):
-                for matrix, direction in zip(own, split(directions, [m.shape for m in own]), strict=True):
+            orthogonal_by_turns(wholes, shapes)
+            for own, directions in zip(dealt, map(split, wholes, shapes), strict=True):
+                for matrix, direction in zip(own, directions, strict=True):
                     matrix.add_to(flat, direction, lr)
 
 

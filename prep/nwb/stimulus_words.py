@@ -204,7 +204,7 @@ def parse(text: str) -> tuple[float, ...]:
         pass  # no plain number: perhaps a list
     try:
         return _flat(ast.literal_eval(re.sub(r"\s+", " ", text).strip()))
-    except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
+    except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):  # words: no number is in them
         return ()
 
 
